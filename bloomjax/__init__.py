@@ -1,0 +1,1 @@
+"""bloomjax: BLOOM on JAX meshes."""

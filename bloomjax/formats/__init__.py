@@ -1,0 +1,1 @@
+"""Layouts and tensor names of the formats that BLOOM is published in."""

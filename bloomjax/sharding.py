@@ -1,0 +1,105 @@
+"""The mesh and the one table of layouts. No other file names a mesh axis.
+
+A tensor's axes are a string of letters (see `bloomjax.config`); `weight("D3NH")` and `act("BTNH")`
+turn it into a PartitionSpec through `RULES`. The mesh is explicit: shardings are part of an
+array's type, and a wrong layout is an error when the program is traced, never a silent gather.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bloomjax.config import Config, MeshConfig
+from bloomjax.errors import ConfigError, DoesNotFitError
+
+AXES = ("data", "fsdp", "tensor")
+
+Axis = str | tuple[str, ...] | None
+# letter: (of weights at rest, of activations and of weights in use). FSDP splits D of weights at
+# rest only: they are gathered just in time, and their gradients scattered back.
+RULES: dict[str, tuple[Axis, Axis]] = {
+    "B": (None, ("data", "fsdp")),
+    "D": ("fsdp", None),
+    "N": ("tensor", "tensor"),
+    "F": ("tensor", "tensor"),
+    "V": ("tensor", "tensor"),
+}
+
+
+def weight(axes: str) -> P:
+    """The layout of a parameter (and of its gradient and moments) with these axes."""
+    return P(*(RULES.get(a, (None, None))[0] for a in axes))
+
+
+def act(axes: str) -> P:
+    """The layout of an activation with these axes, or of a weight gathered for use."""
+    return P(*(RULES.get(a, (None, None))[1] for a in axes))
+
+
+def shards(mesh: Mesh, axis: Axis) -> int:
+    """Into how many parts `axis` (an entry of RULES) splits a dimension."""
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return math.prod(mesh.shape[a] for a in names)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a configuration over `devices` (default: all, of all processes).
+
+    One axis may be -1: it takes what the others leave. Raises DoesNotFitError when the devices are
+    too few, ConfigError when they cannot all be used.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    layout = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    bad = [axis for axis, size in sizes.items() if size < 1 and size != -1]
+    if bad or len(free) > 1:
+        raise ConfigError(f"mesh {layout}: expected sizes of 1 or more, at most one of them -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if fixed > len(devices):
+        raise DoesNotFitError(
+            f"mesh {layout} needs {fixed} devices, found {len(devices)}: lower mesh.*, or start "
+            "more processes or devices"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"mesh {layout} uses {math.prod(sizes.values())} of {len(devices)} devices: expected "
+            "all of them; change mesh.* (one axis may be -1)"
+        )
+    kinds = (AxisType.Explicit,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
+
+
+def check_divides(config: Config, mesh: Mesh) -> None:
+    """ConfigError, in one line, if a size of the model does not divide its mesh axes."""
+    for letter, size in config.model.sizes.items():
+        for axis in RULES.get(letter, ()):
+            parts = shards(mesh, axis)
+            if size % parts:
+                total = mesh.size
+                fit = [str(n) for n in range(1, total + 1) if size % n == 0 and total % n == 0]
+                raise ConfigError(
+                    f"{_NAMES[letter]} ({letter} = {size}) does not divide over mesh.{axis} = "
+                    f"{parts}: on {total} devices mesh.{axis} can be {', '.join(fit)}"
+                )
+
+
+_NAMES = {"D": "width", "N": "heads", "F": "ffn width", "V": "vocabulary"}
+
+
+def put(array: np.ndarray, spec: P, mesh: Mesh) -> jax.Array:
+    """A host array, the same on every process, as a global array of this layout."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def rows_of_this_process(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> np.ndarray:
+    """Sorted indices along `dim` of a global array that this process's devices hold."""
+    slices = (index[dim] for index in sharding.addressable_devices_indices_map(shape).values())
+    return np.unique(np.concatenate([np.arange(*s.indices(shape[dim])) for s in slices]))
