@@ -103,3 +103,45 @@ def rows_of_this_process(sharding: NamedSharding, shape: tuple[int, ...], dim: i
     """Sorted indices along `dim` of a global array that this process's devices hold."""
     slices = (index[dim] for index in sharding.addressable_devices_indices_map(shape).values())
     return np.unique(np.concatenate([np.arange(*s.indices(shape[dim])) for s in slices]))
+
+
+# Inside shard_map: a letter's dimension is split, and each device holds one piece of it.
+
+
+def _activation_axes(letter: str) -> tuple[str, ...]:
+    axis = RULES[letter][1]
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
+
+
+def split_of(letter: str) -> int:
+    """Into how many pieces the current mesh splits `letter` of activations."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in _activation_axes(letter))
+
+
+def offset_of(letter: str, size: int) -> jax.Array:
+    """Where this device's piece of `size` along `letter` begins in the whole."""
+    return jax.lax.axis_index(_activation_axes(letter)) * size
+
+
+def sum_over(letter: str, x: jax.Array) -> jax.Array:
+    """Sum of `x` over the devices that split `letter` of activations."""
+    return jax.lax.psum(x, _activation_axes(letter))
+
+
+def max_over(letter: str, x: jax.Array) -> jax.Array:
+    """Maximum of `x` over the devices that split `letter` of activations."""
+    return jax.lax.pmax(x, _activation_axes(letter))
+
+
+def reduce_gradient(gradient: jax.Array, axes: str) -> jax.Array:
+    """Sum a weight's gradient over the batch; what comes back has the layout `weight(axes)`.
+
+    Where the weight at rest is split over an axis of the batch, the sum is scattered over it.
+    """
+    left = list(_activation_axes("B"))
+    for dim, axis in enumerate(weight(axes)):
+        if axis in left:
+            left.remove(axis)
+            gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dim, tiled=True)
+    return jax.lax.psum(gradient, tuple(left))
