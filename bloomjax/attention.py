@@ -45,7 +45,7 @@ def attend(
     reference's arithmetic in low precision: the bias slope * s, and the scores, are rounded to q's
     dtype (transformers, modeling_bloom.py). `drop(probabilities, chunk)` is attention dropout.
     """
-    B, T, N, H = q_BTNH.shape
+    _, T, N, H = q_BTNH.shape
     S = k_BSNH.shape[1]
     slopes_N11 = jax.reshard(jnp.asarray(alibi_slopes(N)), act("N"))[:, None, None]
     key_positions = jnp.arange(S)

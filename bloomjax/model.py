@@ -282,5 +282,6 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
         return jax.ShapeDtypeStruct(p[...].shape, p[...].dtype, sharding=layout)
 
     _, state = _graph(config)
-    is_param = lambda leaf: isinstance(leaf, nnx.Param)
-    return nnx.to_pure_dict(jax.tree.map(shaped, state, is_leaf=is_param))
+    return nnx.to_pure_dict(
+        jax.tree.map(shaped, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    )
