@@ -278,9 +278,8 @@ def resume_differences(saved: Mapping[str, Any], now: Config) -> list[str]:
         for key in sorted(set(values) | set(before)):
             old, new = before.get(key), values.get(key)
             old = tuple(old) if isinstance(old, list) else old
-            if old == new:
-                continue
-            if (group, key) == ("optim", "steps") and old is not None and new > old:
+            longer = (group, key) == ("optim", "steps") and now.optim.steps > int(old or 0)
+            if old == new or longer:
                 continue
             lines.append(f"{group}.{key}: {old!r} -> {new!r}")
     return lines
