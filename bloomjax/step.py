@@ -39,6 +39,15 @@ class TrainState:
     params: Params
     moments: optax.ScaleByAdamState
 
+    def as_tree(self) -> dict[str, Any]:
+        """Nested dictionaries, as a checkpoint holds them."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return fields | {"moments": self.moments._asdict()}
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> "TrainState":
+        return cls(**tree | {"moments": optax.ScaleByAdamState(**tree["moments"])})
+
 
 def _init(config: Config) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
@@ -77,8 +86,9 @@ def train_step(
     """One step of AdamW on the first `count` rows of a batch [A, B, T].
 
     Where the gradient is not finite, parameters and moments stay as they were; the samples count
-    as consumed all the same. Metrics are scalars: loss, grad_norm, lr, tokens, finite, and
-    `checksum`, a number of the tokens and their places that no mesh and no accumulation changes.
+    as consumed all the same. The report holds scalars: loss, grad_norm, lr, tokens, finite, the
+    state's counts, and `checksum`, which tells tokens and their places apart and is the same on
+    every mesh and under any accumulation.
     """
     A, B, _ = batch_ABT["tokens"].shape
     weights = batch_ABT["weights"]
@@ -126,6 +136,9 @@ def train_step(
         "lr": rate,
         "tokens": tokens,
         "finite": finite,
+        "samples": state.samples,
+        "skipped": state.skipped,
+        "streak": state.streak,
         "checksum": _checksum(batch_ABT["tokens"], count),
     }
 

@@ -7,6 +7,7 @@ of two, so few programs are compiled; the cache is donated from step to step.
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,11 @@ GREEDY = Sampling()
 TOKENS_PER_DISPATCH = 8
 
 
+class Fresh(NamedTuple):
+    ids: list[int]
+    logprobs: list[float]  # of each id under the model, before any filter, in nats
+
+
 class Engine:
     """Generates from a model on a mesh; `params` are those of a stack of blocks."""
 
@@ -42,8 +48,8 @@ class Engine:
         *,
         seed: int = 0,
         eos_id: int | None = None,
-    ) -> Iterator[list[list[int]]]:
-        """Yields, a dispatch at a time, each row's new tokens; a row that met `eos_id` adds none.
+    ) -> Iterator[list[Fresh]]:
+        """Yields, a dispatch at a time, what is new in each row; after `eos_id` nothing is.
 
         Raises InputError for an empty prompt or an id outside of the vocabulary.
         """
@@ -69,27 +75,28 @@ class Engine:
             inputs = place(tokens_BT, act("BT")), place(lengths_B, act("B"))
             seeds = np.arange(seed, seed + len(prompts), dtype=np.uint32)
             seeds_B = place(seeds, act("B"))
-            last_B, cache = _prefill(self._config, S, sampling, self._params, *inputs, seeds_B)
+            last_B, logprob_B, cache = _prefill(
+                self._config, S, sampling, self._params, *inputs, seeds_B
+            )
         running = [True] * len(prompts)
-        left, fresh_BK = max_new_tokens, np.asarray(last_B)[:, None]
+        left, ids_BK, logprobs_BK = max_new_tokens, last_B[:, None], logprob_B[:, None]
         while True:
-            fresh_BK = fresh_BK[:, :left]
-            left -= fresh_BK.shape[1]
-            new: list[list[int]] = []
-            for row, ids in enumerate(fresh_BK.tolist()):
-                if not running[row]:
-                    ids = []
-                elif eos_id in ids:
-                    ids, running[row] = ids[: ids.index(eos_id)], False
-                new.append(ids)
-            yield new
-            if not left or not any(running):
+            fresh = []
+            for row, (ids, logprobs) in enumerate(
+                zip(np.asarray(ids_BK).tolist(), np.asarray(logprobs_BK).tolist(), strict=True)
+            ):
+                count = min(len(ids), left) if running[row] else 0
+                if eos_id in ids[:count]:
+                    count, running[row] = ids.index(eos_id), False
+                fresh.append(Fresh(ids[:count], logprobs[:count]))
+            yield fresh
+            left -= ids_BK.shape[1]
+            if left <= 0 or not any(running):
                 return
             with jax.set_mesh(self._mesh):
-                last_B, cache, tokens_BK = _decode(
+                last_B, cache, ids_BK, logprobs_BK = _decode(
                     self._config, sampling, self._params, last_B, cache, seeds_B
                 )
-            fresh_BK = np.asarray(tokens_BK)
 
 
 def _round_up(n: int, least: int = 16) -> int:
@@ -105,14 +112,15 @@ def _prefill(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     seeds_B: jax.Array,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """The token after each prompt, its log-probability, and the cache that holds the prompts."""
     B, T = tokens_BT.shape
     bloom = model.bind(config, params, unrolled=True)
     attention = CachedAttention(config, empty_cache(config, B, S), T)
     x_BTD = bloom.decode(tokens_BT, attention.layer)
     # only the last real position of each row needs the head
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], 1)
-    return _next(bloom, last_B1D, sampling, seeds_B, lengths_B), attention.advance(lengths_B)
+    return *_next(bloom, last_B1D, sampling, seeds_B, lengths_B), attention.advance(lengths_B)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -123,20 +131,22 @@ def _decode(
     last_B: jax.Array,
     cache: Cache,
     seeds_B: jax.Array,
-) -> tuple[jax.Array, Cache, jax.Array]:
-    """`TOKENS_PER_DISPATCH` more tokens of every row: (the last, the cache, all of them [B, K])."""
+) -> tuple[jax.Array, Cache, jax.Array, jax.Array]:
+    """K more tokens of every row: the last of them, the cache, all of them, log-probabilities."""
     bloom = model.bind(config, params, unrolled=True)
 
-    def one(carry: tuple[jax.Array, Cache], _: None) -> tuple[tuple[jax.Array, Cache], jax.Array]:
+    def one(carry: tuple[jax.Array, Cache], _: None) -> Any:
         last_B, cache = carry
         attention = CachedAttention(config, cache, 1)
         x_B1D = bloom.decode(last_B[:, None], attention.layer)
         cache = attention.advance(jnp.ones_like(last_B))
-        last_B = _next(bloom, x_B1D, sampling, seeds_B, cache.lengths_B)
-        return (last_B, cache), last_B
+        last_B, logprob_B = _next(bloom, x_B1D, sampling, seeds_B, cache.lengths_B)
+        return (last_B, cache), (last_B, logprob_B)
 
-    (last_B, cache), tokens_KB = jax.lax.scan(one, (last_B, cache), length=TOKENS_PER_DISPATCH)
-    return last_B, cache, tokens_KB.T
+    (last_B, cache), (ids_KB, logprobs_KB) = jax.lax.scan(
+        one, (last_B, cache), length=TOKENS_PER_DISPATCH
+    )
+    return last_B, cache, ids_KB.T, logprobs_KB.T
 
 
 def _next(
@@ -145,6 +155,8 @@ def _next(
     sampling: Sampling,
     seeds_B: jax.Array,
     positions_B: jax.Array,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     logits_BV = jax.reshard(bloom.logits(x_B1D)[:, 0], act("B3"))  # the vocabulary in one piece
-    return choose(logits_BV, sampling, seeds_B, positions_B)
+    next_B = choose(logits_BV, sampling, seeds_B, positions_B)
+    chosen_B = jnp.take_along_axis(logits_BV, next_B[:, None], 1)[:, 0]
+    return next_B, chosen_B - jax.nn.logsumexp(logits_BV, -1)
