@@ -10,8 +10,6 @@ set aside as `STEP.corrupt`. The folder must be seen by all processes and rename
 
 import errno
 import fcntl
-import hashlib
-import heapq
 import itertools
 import json
 import logging
@@ -20,8 +18,9 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from bloomjax import errors
+from bloomjax import errors, manifests
 from bloomjax.errors import ConfigError, DoesNotFitError, InputError, PeerLostError, UserError
 
 log = logging.getLogger("bloomjax")
@@ -38,8 +37,6 @@ log = logging.getLogger("bloomjax")
 # the user as our one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
-VERSION = 1  # of the manifest
-MANIFEST = "manifest.json"
 _BARRIER_SECONDS = 1200  # for the slowest process to write and hash its share; as Orbax's own
 _ALTERED = ("", "is missing", "cannot be read", "has another length", "has other bytes")
 
@@ -132,7 +129,7 @@ class Checkpoints:
         path, begun = self.folder / f"{step}.saving", time.monotonic()
         try:
             self._orbax.save(path, args=ocp.args.PyTreeSave(state))
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, jax.errors.JaxRuntimeError) as error:
             raise self._failed(step, error) from error
         self._pending = self._pool.submit(self._finish, path, manifest, begun, next(_saves))
 
@@ -144,23 +141,23 @@ class Checkpoints:
         barrier = ocp.multihost.get_barrier_sync_fn()
         try:
             self._orbax.wait_until_finished()
-            sizes = _sizes(path)
-            files = _entries(path, _share(sizes, me, count))
+            sizes = manifests.sizes(path)
+            files = manifests.entries(path, manifests.share(sizes, me, count))
             if me:
-                _write(path / f"{MANIFEST}.{me}", json.dumps(files))
+                manifests.write_text(path / f"{manifests.NAME}.{me}", json.dumps(files))
             barrier(key=f"bloomjax_hashed_{save}", timeout_ms=_BARRIER_SECONDS * 1000)
             if me == 0:
                 for peer in range(1, count):
-                    part = path / f"{MANIFEST}.{peer}"
+                    part = path / f"{manifests.NAME}.{peer}"
                     files |= json.loads(part.read_text())
                     part.unlink()
                 # Peers share the files out by their own view of a shared folder, which may lag.
-                files |= _entries(path, sizes.keys() - files.keys())
-                _write_manifest(path, manifest | {"files": files})
+                files |= manifests.entries(path, sizes.keys() - files.keys())
+                manifests.write(path, manifest | {"files": files})
                 path.rename(self.folder / str(step))
-                _sync(self.folder)
+                manifests.sync(self.folder)
             barrier(key=f"bloomjax_named_{save}", timeout_ms=_BARRIER_SECONDS * 1000)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
             raise self._failed(step, error) from error
         if me == 0:
             total, seconds = sum(sizes.values()), time.monotonic() - begun
@@ -188,7 +185,7 @@ class Checkpoints:
         self.wait()
         found, broken = _restore(self.folder, like)
         if found:
-            _on_first(lambda: [_set_aside(self.folder / str(step)) for step in broken] and None)
+            _on_first(lambda: _set_aside([self.folder / str(step) for step in broken]))
         return found
 
     def wait(self) -> None:
@@ -230,7 +227,7 @@ def restore(folder: Path, like: Like) -> Restored | None:
 def newest_meta(folder: Path) -> tuple[int, dict[str, Any]] | None:
     """Step and `meta` of the newest step with a sound manifest (its arrays are not looked at)."""
     for step in reversed(_steps(folder)):
-        manifest, fault = _read_manifest(folder / str(step))
+        manifest, fault = manifests.read(folder / str(step))
         if not fault:
             return step, manifest["meta"]
     return None
@@ -242,8 +239,8 @@ def seal(path: Path, step: int, leaves: PyTree, meta: Mapping[str, Any]) -> None
     `leaves`: the tree of what is stored, as anything with dtypes and shapes. The caller then
     renames `path` to `FOLDER/STEP`. Raises OSError.
     """
-    files = _entries(path, _sizes(path))
-    _write_manifest(
+    files = manifests.entries(path, manifests.sizes(path))
+    manifests.write(
         path, {"step": step, "meta": dict(meta), "leaves": _leaves(leaves), "files": files}
     )
 
@@ -257,7 +254,7 @@ def _restore(folder: Path, like: Like) -> tuple[Restored | None, list[int]]:
         if step is None:
             break
         path = folder / str(step)
-        manifest, fault = _on_first(lambda path=path: _read_manifest(path))
+        manifest, fault = _on_first(partial(manifests.read, path))
         if not fault:
             target = like(manifest["meta"]) if callable(like) else like
             _check_leaves(path, manifest["leaves"], target)
@@ -305,11 +302,12 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
-def _set_aside(path: Path) -> None:
-    names = (f"{path.name}.corrupt{n or ''}" for n in itertools.count())
-    aside = next(path.with_name(n) for n in names if not path.with_name(n).exists())
-    path.rename(aside)
-    log.warning("checkpoint %s is set aside as %s: delete it when you like", path.name, aside)
+def _set_aside(paths: list[Path]) -> None:
+    for path in paths:
+        names = (f"{path.name}.corrupt{n or ''}" for n in itertools.count())
+        aside = next(path.with_name(n) for n in names if not path.with_name(n).exists())
+        path.rename(aside)
+        log.warning("checkpoint %s is set aside as %s: delete it when you like", path.name, aside)
 
 
 def _leaves(tree: PyTree) -> dict[str, list[Any]]:
@@ -345,7 +343,7 @@ def _verify(path: Path, manifest: dict[str, Any], leaves: set[str]) -> str:
 
     def fault(name: str) -> int:
         try:
-            size, digest = _entry(path / name)
+            size, digest = manifests.entry(path / name)
         except FileNotFoundError:
             return 1
         except OSError:
@@ -353,104 +351,14 @@ def _verify(path: Path, manifest: dict[str, Any], leaves: set[str]) -> str:
         return 0 if [size, digest] == files[name] else 4 if size == files[name][0] else 3
 
     me, count = jax.process_index(), jax.process_count()
-    mine = _share({name: size for name, (size, _) in files.items()}, me, count)
-    faults = dict(zip(mine, _in_threads(fault, mine), strict=True))
+    mine = manifests.share({name: size for name, (size, _) in files.items()}, me, count)
+    faults = dict(zip(mine, manifests.in_threads(fault, mine), strict=True))
     codes = np.array([faults.get(name, 0) for name in files], np.uint8)
     if count > 1:
         codes = np.asarray(multihost_utils.process_allgather(codes)).max(0)
     bad = [f"{name} {_ALTERED[code]}" for name, code in zip(files, codes, strict=True) if code]
     more = f" and {len(bad) - 1} more files" if len(bad) > 1 else ""
     return bad[0] + more if bad else ""
-
-
-def _share(sizes: Mapping[str, int], me: int, count: int) -> list[str]:
-    """This process's part of the files: the same cut on all, even in bytes."""
-    loads, mine = [(0, process) for process in range(count)], []
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        load, process = heapq.heappop(loads)
-        heapq.heappush(loads, (load + sizes[name], process))
-        if process == me:
-            mine.append(name)
-    return mine
-
-
-def _sizes(path: Path) -> dict[str, int]:
-    files = (Path(root, name) for root, _, names in os.walk(path) for name in names)
-    return {
-        file.relative_to(path).as_posix(): file.stat().st_size
-        for file in files
-        if not file.name.startswith(MANIFEST)
-    }
-
-
-def _entry(file: Path) -> list[Any]:
-    with file.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-        return [f.tell(), digest]
-
-
-def _entries(path: Path, names: Iterable[str]) -> dict[str, list[Any]]:
-    """name: [length, sha256], as the manifest has them."""
-    names = list(names)
-    return dict(zip(names, _in_threads(lambda name: _entry(path / name), names), strict=True))
-
-
-def _in_threads(work: Callable[[str], T], names: list[str]) -> list[T]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-        return list(pool.map(work, names))
-
-
-def _dump(manifest: Mapping[str, Any]) -> str:
-    body = dict(manifest) | {"version": VERSION}
-    body["digest"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps(body, sort_keys=True, indent=1) + "\n"
-
-
-def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    temporary = path / f"{MANIFEST}.tmp"
-    _write(temporary, _dump(manifest))
-    temporary.rename(path / MANIFEST)
-    _sync(path)
-
-
-def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    """The manifest, and what is wrong with it ("": nothing). InputError when it is too new."""
-    try:
-        text = (path / MANIFEST).read_bytes()
-        manifest = json.loads(text)
-        body = {key: value for key, value in manifest.items() if key not in ("version", "digest")}
-        version = manifest.get("version")
-        # A manifest holds its own digest and has one spelling, so no bit of it can change unseen.
-        if version == VERSION and _dump(body).encode() == text:
-            return manifest, ""
-    except FileNotFoundError:
-        return {}, f"{MANIFEST} is missing"
-    except OSError:
-        return {}, f"{MANIFEST} cannot be read"
-    except (ValueError, AttributeError):
-        return {}, f"{MANIFEST} has other bytes"
-    newer = {key: value for key, value in manifest.items() if key != "digest"}
-    digest = hashlib.sha256(json.dumps(newer, sort_keys=True).encode()).hexdigest()
-    if version != VERSION and manifest.get("digest") == digest:
-        raise InputError(
-            f"{path / MANIFEST}: expected manifest version {VERSION}, found {version}: use the "
-            "bloomjax that wrote it"
-        )
-    return {}, f"{MANIFEST} has other bytes"
-
-
-def _write(file: Path, text: str) -> None:
-    with file.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Makes names in a folder survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def _cannot_write(path: Path, error: Exception) -> UserError:
