@@ -27,7 +27,7 @@ from bloomjax.sharding import make_mesh
 
 # How each child process begins.
 CHILD = """
-import jax, logging, resource, sys
+import jax, resource, sys
 from pathlib import Path
 from bloomjax.checkpoint import Checkpoints
 from bloomjax.config import MeshConfig
@@ -494,13 +494,16 @@ def test_a_newer_manifest_names_its_version(
 
 
 def test_a_user_sees_only_our_lines(tmp_path: Path) -> None:
-    source = CHILD + (
-        "logging.basicConfig(level=logging.INFO)\n"
-        "mesh = make_mesh(MeshConfig(1, 2, 2))\n"
-        "checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)\n"
-        "checkpoints.save(1, state(1, mesh), {})\n"
-        "checkpoints.restore(shapes(mesh))\n"
-        "checkpoints.close()\n"
+    source = (
+        "import logging; logging.basicConfig(level=logging.INFO)\n"
+        + CHILD
+        + (
+            "mesh = make_mesh(MeshConfig(1, 2, 2))\n"
+            "checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)\n"
+            "checkpoints.save(1, state(1, mesh), {})\n"
+            "checkpoints.restore(shapes(mesh))\n"
+            "checkpoints.close()\n"
+        )
     )
     child = processes.start(source, tmp_path, devices=4)
     said = [line for line in child.communicate(timeout=60)[1].splitlines() if "xla" not in line]
