@@ -263,7 +263,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
         ]
     )
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=True, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIALS),
