@@ -116,7 +116,7 @@ class IndexedWriter:
 
 
 class Indexed:
-    """A prefix, open for random access; its tokens are one stream and a list of documents.
+    """A prefix, open for random access: its `tokens` are one stream, and documents of `sizes`.
 
     InputError if the two files are not exactly what the format says. Can be sent to a worker
     process, which opens the files again.
@@ -130,7 +130,7 @@ class Indexed:
                 raise InputError(f"{path}: expected it beside {other.name}, found no such file")
         raw = np.memmap(self.idx_path, np.uint8, "r") if self.idx_path.stat().st_size else b""
         dtype, N, M = self._header(bytes(raw[: _HEADER.size]), len(raw))
-        self._sizes = np.frombuffer(raw, "<i4", N, _HEADER.size)
+        self.sizes = np.frombuffer(raw, "<i4", N, _HEADER.size)
         self._offsets = np.frombuffer(raw, "<i8", N, _HEADER.size + 4 * N)
         self._check_documents(np.frombuffer(raw, "<i8", M, _HEADER.size + 12 * N))
         self.tokens = self._check_sizes(dtype.itemsize)
@@ -142,21 +142,17 @@ class Indexed:
 
     def __len__(self) -> int:
         """The number of documents."""
-        return len(self._sizes)
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """int32 [documents]: tokens of each."""
-        return self._sizes
+        return len(self.sizes)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """int32 [stop - start]: these tokens of the stream, 0 <= start <= stop <= tokens."""
         return self._stream[start:stop].astype(np.int32)
 
-    def document(self, i: int) -> np.ndarray:
-        """int32 [sizes[i]]: the tokens of a document."""
-        start = int(self._offsets[i]) // self._stream.dtype.itemsize
-        return self.read(start, start + int(self._sizes[i]))
+    def document(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """int32: the tokens of document i, or those from `start` to `stop` as far as it goes."""
+        size = int(self.sizes[i])
+        first = int(self._offsets[i]) // self._stream.dtype.itemsize
+        return self.read(first + start, first + (size if stop is None else min(stop, size)))
 
     def check_ids(self, vocab_size: int, update: Callable[[int], None]) -> str:
         """Read all tokens once; the sha256 (hex) of the .bin.
@@ -201,7 +197,7 @@ class Indexed:
         return np.dtype(_DTYPES[code]), N, M
 
     def _check_documents(self, starts: np.ndarray) -> None:
-        N = len(self._sizes)
+        N = len(self.sizes)
         base = self.idx_path.stat().st_size - 8 * len(starts)
         if not len(starts) or starts[0] != 0:
             raise self._refused(base, "doc_idx that starts at 0", str(starts[:1]))
@@ -216,8 +212,8 @@ class Indexed:
     def _check_sizes(self, itemsize: int) -> int:
         """Offsets are the running sums of sizes and end with the .bin; the number of tokens."""
         total = 0
-        for start in range(0, len(self._sizes), _CHUNK):
-            sizes = self._sizes[start : start + _CHUNK].astype(np.int64)
+        for start in range(0, len(self.sizes), _CHUNK):
+            sizes = self.sizes[start : start + _CHUNK].astype(np.int64)
             offsets = self._offsets[start : start + _CHUNK]
             if (negative := np.flatnonzero(sizes < 0)).size:
                 at = int(negative[0])
@@ -229,7 +225,7 @@ class Indexed:
             if (wrong := np.flatnonzero(offsets != expected)).size:
                 at = int(wrong[0])
                 raise self._refused(
-                    _HEADER.size + 4 * len(self._sizes) + 8 * (start + at),
+                    _HEADER.size + 4 * len(self.sizes) + 8 * (start + at),
                     f"the offset {expected[at]} of sequence {start + at}",
                     str(offsets[at]),
                 )

@@ -10,7 +10,10 @@ the epoch alone. So neither hosts nor workers nor a resume can change it.
 
 from collections.abc import Callable, Iterator, Sequence
 
+import grain
 import numpy as np
+from absl import flags
+from grain.experimental import index_shuffle
 
 from bloomjax.data.indexed import Indexed
 from bloomjax.data.prepare import Prepared
@@ -43,8 +46,6 @@ class Rows:
 
     def sample(self, i: int) -> np.ndarray:
         """int32 [T + 1]: sample i >= 0 of the endless shuffled sequence."""
-        from grain.experimental import index_shuffle
-
         epoch, place = divmod(i, self._n)
         seed = (self._seed + epoch) % 2**32
         row = index_shuffle(place, max_index=self._n - 1, seed=seed, rounds=4)
@@ -105,9 +106,6 @@ def train_batches(
     tokens, targets: int32 [A, r, T]; weights: float32 [A, r, T]. `workers` processes prepare them
     (0: threads of this one); `samples_of` must then be picklable.
     """
-    import grain
-    from absl import flags
-
     source = _Steps(
         Rows(Indexed(prepared.train.prefix), sequence_length, seed),
         prepared.eos_id,
@@ -122,7 +120,7 @@ def train_batches(
     )
     if workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads its flags, which only absl.app parses
+            flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, parsed or not by a main
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(batches)
 
@@ -157,9 +155,10 @@ class HeldoutBatches(Sequence[Batch]):
             document = int(np.searchsorted(self._ends, window, side="right"))
             nth = window - (int(self._ends[document - 1]) if document else 0)
             start = nth * self._stride
-            # Target p of a document is its token p; the token before it is input p.
-            text = np.concatenate([[self._eos_id], self._indexed.document(document)])
-            piece = text[start : start + T + 1]
+            # Target p of a document is its token p, and input p the token before it.
+            piece = self._indexed.document(document, max(0, start - 1), start + T)
+            if start == 0:
+                piece = np.concatenate([[self._eos_id], piece])
             m = len(piece) - 1
             tokens[i, :m], targets[i, :m] = piece[:-1], piece[1:]
             weights[i, T - self._stride if nth else 0 : m] = 1

@@ -7,6 +7,7 @@ of it or nothing; it is made again when a source, the tokenizer or the configura
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -55,6 +56,7 @@ def prepare(data: DataConfig, vocab_size: int, folder: Path) -> Prepared:
     ConfigError if ids do not fit or fields contradict each other, InputError for sources that
     cannot be read or hold too little.
     """
+    folder = folder.absolute()
     if not data.train:
         raise ConfigError("data.train is empty: expected files, folders, globs or a .bin/.idx")
     heldout = _source("heldout", data) if data.heldout else None
@@ -93,7 +95,7 @@ def prepare(data: DataConfig, vocab_size: int, folder: Path) -> Prepared:
         with replacing(file) as copy:
             copy.write(given.read_bytes())
 
-    splits = {}
+    splits: dict[str, Split] = {}
     for name, source in (("heldout", heldout), ("train", train)):
         if isinstance(source, Corpus):
             assert tokenizer
@@ -117,6 +119,7 @@ def prepare(data: DataConfig, vocab_size: int, folder: Path) -> Prepared:
 
 def open_prepared(folder: Path) -> Prepared:
     """What `prepare` left in `folder`. InputError if that is nothing, or not whole."""
+    folder = folder.absolute()
     try:
         saved = json.loads((folder / _NAME).read_bytes())
         for name in ("train", "heldout"):
@@ -182,7 +185,7 @@ def _held_out(name: str, every: int) -> bool:
     """By a hash of the name, so that it depends on nothing else."""
     if not every:
         return False
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % every == 0
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") % every == 0
 
 
 def _texts(corpus: Corpus, every: int) -> Iterator[str]:
@@ -233,11 +236,13 @@ def _tokenise(
 
 def _batches(corpus: Corpus) -> Iterator[list[Part]]:
     batch: list[Part] = []
+    characters = 0
     for part in corpus:
         batch.append(part)
-        if sum(len(part.text) for part in batch) >= _BATCH:
+        characters += len(part.text)
+        if characters >= _BATCH:
             yield batch
-            batch = []
+            batch, characters = [], 0
     if batch:
         yield batch
 
@@ -245,6 +250,8 @@ def _batches(corpus: Corpus) -> Iterator[list[Part]]:
 def _check(name: str, prefix: Path, vocab_size: int) -> Split:
     """The split that a .bin/.idx made elsewhere is."""
     indexed = Indexed(prefix)
+    if not indexed.tokens:
+        raise InputError(f"{indexed.bin_path}: expected tokens, found none; set data.{name}")
     progress = Progress(f"checking {name}", indexed.bin_path.stat().st_size)
     sha256 = indexed.check_ids(vocab_size, progress.update)
     progress.done(f"{len(indexed):,} documents, {indexed.tokens:,} tokens")
