@@ -185,7 +185,7 @@ def texts(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     for i in range(40):
-        (folder / f"{i:02}.txt").write_text(f"document {i} é: " + "the words of it, " * (i + 1))
+        (folder / f"{i:02}.txt").write_text(f"document {i} é</s>: " + "the words of it, " * (i + 1))
     return folder
 
 
@@ -258,7 +258,14 @@ def test_a_kill_leaves_nothing_that_counts(tmp_path, texts):
     )
     whole = prepare(data, 300, tmp_path / "whole")
     env = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    points = [("_held_out", 60), ("_write_index", 0), ("_write_index", 1), ("replacing", 0)]
+    prepare(dataclasses.replace(data, heldout_every=4), 300, tmp_path / "run")
+    points = [
+        ("_tokenise", 0),
+        ("_held_out", 60),
+        ("_write_index", 0),
+        ("_write_index", 1),
+        ("replacing", 0),
+    ]
     for name, wait in points:
         command = [sys.executable, script, name, str(wait), tmp_path / "run"]
         killed = subprocess.run(command, env=env, capture_output=True)
