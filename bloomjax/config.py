@@ -63,6 +63,17 @@ class ModelConfig:
         return V * D + 4 * D + L * (12 * D * D + 13 * D)
 
 
+    def flops_per_token(self, sequence_length: int, causal: bool) -> float:
+        """FLOPs of training on one token, forward and backward, without recomputation.
+
+        Six per weight of a matrix product (the head's too), and attention's 12 L D T, as PaLM
+        (Chowdhery et al. 2022, appendix B) counts it; half of that if `causal`.
+        """
+        D, V, L = self.width, self.vocab_size, self.layers
+        attention = 12 * L * D * sequence_length
+        return 6 * (12 * L * D * D + V * D) + (attention / 2 if causal else attention)
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     train: tuple[str, ...]
@@ -276,11 +287,11 @@ def resume_differences(saved: Mapping[str, Any], now: Config) -> list[str]:
             continue
         before = saved.get(group, {})
         for key in sorted(set(values) | set(before)):
-            old, new = before.get(key), values.get(key)
+            old: Any = before.get(key)
+            new: Any = values.get(key)
             old = tuple(old) if isinstance(old, list) else old
-            if old == new:
-                continue
-            if (group, key) == ("optim", "steps") and old is not None and new > old:
+            longer = f"{group}.{key}" == "optim.steps" and isinstance(old, int) and new > old
+            if old == new or longer:
                 continue
             lines.append(f"{group}.{key}: {old!r} -> {new!r}")
     return lines

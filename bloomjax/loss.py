@@ -87,7 +87,7 @@ def _head(
             loss += (weights_C * (normaliser_C - target_C)).sum()
             if not gradient:
                 return (loss, d_embed_VD), None
-            # softmax - [column is the target], in the pass that exponentiates: a compare, no one-hot
+            # softmax - [column is the target]: compared in the pass that exponentiates, no one-hot
             hit_CV = jnp.arange(V) == jnp.where(mine_C, column_C, -1)[:, None]
             d_CV = jnp.exp(logits_CV32 - normaliser_C[:, None]) - hit_CV
             d_CV = (weights_C[:, None] * d_CV).astype(dtype)

@@ -131,7 +131,7 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Block(nnx.Module):
-    """One layer, or with `stack="L"` all of them, stacked along a leading axis."""
+    """One layer; with `stack="L"` all of them, each parameter stacked along a leading axis."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: str = ""):
         self.config = config
@@ -179,14 +179,22 @@ class Block(nnx.Module):
 
 
 class Bloom(nnx.Module):
-    """Embedding and its layer norm, the blocks, the last layer norm; the head is the embedding."""
+    """Embedding and its layer norm, the blocks, the last layer norm; the head is the embedding.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    The blocks are one stack, which `__call__` scans: one layer to compile, for training. With
+    `unrolled` they are a list, which `decode` walks: no layer has to be sliced out of a stack.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, unrolled: bool = False):
         self.config = config
         declare = functools.partial(param, config, rngs)
         self.embed = declare("VD", mean=0.0, std=config.init_std)
         self.embed_ln_w, self.embed_ln_b = declare("D", 1.0, 0.0), declare("D", 0.0, 0.0)
-        self.blocks = Block(config, rngs, stack="L")
+        self.blocks: Any = (
+            nnx.List([Block(config, rngs) for _ in range(config.layers)])
+            if unrolled
+            else Block(config, rngs, stack="L")
+        )
         self.ln_w, self.ln_b = declare("D", 1.0, 0.0), declare("D", 0.0, 0.0)
 
     def __call__(
@@ -210,9 +218,10 @@ class Bloom(nnx.Module):
             params, key = inputs
             key_attention, key_block = (None, None) if key is None else jax.random.split(key)
 
-            def drop(probs: jax.Array, chunk: int) -> jax.Array:
+            def drop(probs_BNTS: jax.Array, chunk: int) -> jax.Array:
+                assert key_attention is not None
                 chunk_key = jax.random.fold_in(key_attention, chunk)
-                return dropout(probs, config.attention_dropout, chunk_key, "BNTS")
+                return dropout(probs_BNTS, config.attention_dropout, chunk_key, "BNTS")
 
             attention = functools.partial(
                 attend,
@@ -236,8 +245,16 @@ class Bloom(nnx.Module):
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (stack, keys))
         return self.last_norm(x_BTD)
 
+    def decode(self, tokens_BT: jax.Array, attention: Callable[[int], Attention]) -> jax.Array:
+        """As `__call__`, through a list of blocks; `attention(i)` is layer i's, over its cache."""
+        x_BTD = self.embed_tokens(tokens_BT)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, attention(i))
+        return self.last_norm(x_BTD)
+
     def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
         """Token ids -> embeddings through their layer norm, [B, T, D] in the compute dtype."""
+        tokens_BT = jax.reshard(tokens_BT, act("BT"))
         x_BTD = lookup(self.embed[...], tokens_BT, compute_dtype(self.config))
         return layer_norm(x_BTD, self.embed_ln_w, self.embed_ln_b, self.config.layer_norm_epsilon)
 
@@ -257,13 +274,20 @@ class Bloom(nnx.Module):
 
 
 @functools.cache
-def _graph(config: ModelConfig) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: Bloom(config, nnx.Rngs(0))))
+def _graph(config: ModelConfig, unrolled: bool = False) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Bloom(config, nnx.Rngs(0), unrolled)))
 
 
-def bind(config: ModelConfig, params: Params) -> Bloom:
+def bind(config: ModelConfig, params: Params, unrolled: bool = False) -> Bloom:
     """The model with these parameters; call it where a mesh is set (`jax.set_mesh`)."""
-    return nnx.merge(_graph(config)[0], params)
+    return nnx.merge(_graph(config, unrolled)[0], params)
+
+
+def unroll(params: Params) -> Params:
+    """Parameters of a stack of blocks -> of a list of blocks. Copies them; to be jitted."""
+    layers = jax.tree.leaves(params["blocks"])[0].shape[0]
+    blocks = {i: jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(layers)}
+    return {**params, "blocks": blocks}
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -282,5 +306,6 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
         return jax.ShapeDtypeStruct(p[...].shape, p[...].dtype, sharding=layout)
 
     _, state = _graph(config)
-    is_param = lambda leaf: isinstance(leaf, nnx.Param)
-    return nnx.to_pure_dict(jax.tree.map(shaped, state, is_leaf=is_param))
+    return nnx.to_pure_dict(
+        jax.tree.map(shaped, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    )

@@ -101,7 +101,8 @@ def put(array: np.ndarray, spec: P, mesh: Mesh) -> jax.Array:
 
 def rows_of_this_process(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> np.ndarray:
     """Sorted indices along `dim` of a global array that this process's devices hold."""
-    slices = (index[dim] for index in sharding.addressable_devices_indices_map(shape).values())
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    slices = (index[dim] for index in indices if index is not None)
     return np.unique(np.concatenate([np.arange(*s.indices(shape[dim])) for s in slices]))
 
 

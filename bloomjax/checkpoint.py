@@ -1,0 +1,401 @@
+"""Checkpoints: written by Orbax in the background, hashed, restored onto any mesh.
+
+`FOLDER/STEP/` holds one zarr3 folder a leaf (so a broken file names its tensor, and a sub-tree is
+read alone) and `manifest.json`: the leaves' dtypes and shapes, the caller's `meta`, and length and
+sha256 of every other file. The one invariant: a folder with a plain integer name was once complete,
+hashed and synced. Everything before that is `STEP.saving`, everything on its way out
+`STEP.deleting` (both removed when the next run starts), and what no longer matches its manifest is
+set aside as `STEP.corrupt`. The folder must be seen by all processes and rename atomically (POSIX).
+"""
+
+import errno
+import fcntl
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from bloomjax import errors, manifests
+from bloomjax.errors import ConfigError, DoesNotFitError, InputError, PeerLostError, UserError
+
+log = logging.getLogger("bloomjax")
+# Orbax reports each phase, and each failure with its traceback, through absl. The failures reach
+# the user as our one line.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+_BARRIER_SECONDS = 1200  # for the slowest process to write and hash its share; as Orbax's own
+_ALTERED = ("", "is missing", "cannot be read", "has another length", "has other bytes")
+
+PyTree = Any  # nested dictionaries with string keys
+Like = PyTree | Callable[[dict[str, Any]], PyTree]
+T = TypeVar("T")
+_saves = itertools.count()  # the same on all processes: a barrier's name must be new
+
+
+class Restored(NamedTuple):
+    step: int
+    state: PyTree
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one training run, which has the folder for itself until `close`.
+
+    All processes construct it and call its methods in the same order; whatever one of them raises
+    about the folder, all raise.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        """`keep`: how many of the newest steps stay.
+
+        Raises ConfigError when another process of this or another host uses the folder, InputError
+        when it cannot be written.
+        """
+        self.folder, self.keep = folder.absolute(), keep
+        self._lock: int | None = None
+        self._pending: Future[None] | None = None
+        _on_first(self._open)  # by process 0 for all
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._orbax = ocp.AsyncCheckpointer(_handler())
+
+    def _open(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # The kernel drops this lock with its process, so a killed run leaves none behind.
+            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(lock, 1000, 0).decode(errors="replace").strip()
+                os.close(lock)
+                raise ConfigError(
+                    f"{self.folder} is in use by {holder or 'another run'}: expected one run a "
+                    "folder; stop that one or choose another workdir"
+                ) from None
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            self._lock = lock
+            for path in self.folder.iterdir():
+                if re.match(r"\d+\.(saving|deleting)", path.name):
+                    shutil.rmtree(path)
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from error
+
+    def check_room(self, state: PyTree) -> None:
+        """Raises DoesNotFitError unless the disk holds the checkpoints of `state` that are to come.
+
+        `state` may be shapes only. At its peak a run has `keep` steps and the one being written.
+        """
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+        def check() -> None:
+            count = max(1, self.keep + 1 - len(_steps(self.folder)))
+            free = shutil.disk_usage(self.folder).free
+            if free < count * size:
+                raise DoesNotFitError(
+                    f"{self.folder}: expected {_size(count * size)} of free disk ({count} "
+                    f"checkpoints of {_size(size)}), found {_size(free)}: make room, or lower "
+                    "run.keep_checkpoints"
+                )
+
+        _on_first(check)
+
+    def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> None:
+        """Starts to write `state` (nested dict of jax.Array) and `meta` (JSON) as `step`.
+
+        Returns when the arrays may be donated or changed. First waits for the save before, and
+        raises what that one met (see `wait`); then DoesNotFitError when the disk is too small,
+        ValueError when the step is there already or `meta` is not JSON.
+        """
+        self.wait()
+        self.check_room(state)
+        if _on_first(lambda: step in _steps(self.folder)):
+            raise ValueError(f"step {step} is already in {self.folder}")
+        manifest = {"step": step, "meta": json.loads(json.dumps(meta)), "leaves": _leaves(state)}
+        path, begun = self.folder / f"{step}.saving", time.monotonic()
+        try:
+            self._orbax.save(path, args=ocp.args.PyTreeSave(state))
+        except (OSError, jax.errors.JaxRuntimeError) as error:
+            raise self._failed(step, error) from error
+        self._pending = self._pool.submit(self._finish, path, manifest, begun, next(_saves))
+
+    def _finish(self, path: Path, manifest: dict[str, Any], begun: float, save: int) -> None:
+        """The background half: wait for Orbax, hash, and give the folder its name."""
+        step, me, count = manifest["step"], jax.process_index(), jax.process_count()
+        # Collectives over devices would mix with those of the training step; these barriers and
+        # the shared folder do not.
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        try:
+            self._orbax.wait_until_finished()
+            sizes = manifests.sizes(path)
+            files = manifests.entries(path, manifests.share(sizes, me, count))
+            if me:
+                manifests.write_text(path / f"{manifests.NAME}.{me}", json.dumps(files))
+            barrier(key=f"bloomjax_hashed_{save}", timeout_ms=_BARRIER_SECONDS * 1000)
+            if me == 0:
+                for peer in range(1, count):
+                    part = path / f"{manifests.NAME}.{peer}"
+                    files |= json.loads(part.read_text())
+                    part.unlink()
+                # Peers share the files out by their own view of a shared folder, which may lag.
+                files |= manifests.entries(path, sizes.keys() - files.keys())
+                manifests.write(path, manifest | {"files": files})
+                path.rename(self.folder / str(step))
+                manifests.sync(self.folder)
+            barrier(key=f"bloomjax_named_{save}", timeout_ms=_BARRIER_SECONDS * 1000)
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+            raise self._failed(step, error) from error
+        if me == 0:
+            total, seconds = sum(sizes.values()), time.monotonic() - begun
+            log.info("checkpoint %d: %s, complete after %.1f s", step, _size(total), seconds)
+            self._prune()
+
+    def _failed(self, step: int, error: Exception) -> UserError:
+        if jax.process_index() == 0:  # a half-written step would keep a full disk full
+            for path in self.folder.glob(f"{step}.saving*"):
+                shutil.rmtree(path, ignore_errors=True)
+        return _cannot_write(self.folder / str(step), error)
+
+    def _prune(self) -> None:
+        for step in _steps(self.folder)[: -self.keep]:
+            # Renamed first: a kill while files go must not leave half a step under a step's name.
+            going = self.folder / f"{step}.deleting"
+            try:
+                (self.folder / str(step)).rename(going)
+                shutil.rmtree(going)
+            except OSError as error:
+                log.warning("checkpoint %d could not be deleted: %s", step, error)
+
+    def restore(self, like: Like) -> Restored | None:
+        """As the function `restore`; the broken steps it passed over are set aside."""
+        self.wait()
+        found, broken = _restore(self.folder, like)
+        if found:
+            _on_first(lambda: _set_aside([self.folder / str(step) for step in broken]))
+        return found
+
+    def wait(self) -> None:
+        """Returns when the last save is complete on disk under its name.
+
+        Raises what it met: InputError when the folder could not be written, DoesNotFitError when
+        the disk was full, PeerLostError when another process did not finish its share.
+        """
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def close(self) -> None:
+        """`wait`, and leave the folder to others (even when `wait` raises)."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._orbax.close()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+
+def restore(folder: Path, like: Like) -> Restored | None:
+    """The newest whole step of `folder`, on the shardings of `like`; None when there never was one.
+
+    `like` is a tree of jax.ShapeDtypeStruct with shardings, or a function from the step's `meta` to
+    one. Its top-level keys say what is read and verified ("params" alone for generation); below
+    them it must have exactly the stored leaves. Each process reads only its shards. A step that
+    does not match its manifest is named in a warning and the one before is taken. Only reads, so it
+    may look into the folder of a running training. All processes call it together. Raises
+    InputError when a leaf differs from what is stored (nothing is ever cast), when no step is
+    whole, or when a newer bloomjax wrote it.
+    """
+    return _restore(folder.absolute(), like)[0]
+
+
+def newest_meta(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """Step and `meta` of the newest step with a sound manifest (its arrays are not looked at)."""
+    for step in reversed(_steps(folder)):
+        manifest, fault = manifests.read(folder / str(step))
+        if not fault:
+            return step, manifest["meta"]
+    return None
+
+
+def seal(path: Path, step: int, leaves: PyTree, meta: Mapping[str, Any]) -> None:
+    """Writes the manifest of a folder that something else filled (a conversion), on one process.
+
+    `leaves`: the tree of what is stored, as anything with dtypes and shapes. The caller then
+    renames `path` to `FOLDER/STEP`. Raises OSError.
+    """
+    files = manifests.entries(path, manifests.sizes(path))
+    manifests.write(
+        path, {"step": step, "meta": dict(meta), "leaves": _leaves(leaves), "files": files}
+    )
+
+
+def _restore(folder: Path, like: Like) -> tuple[Restored | None, list[int]]:
+    """What `restore` returns, and the steps that were passed over."""
+    broken: dict[int, str] = {}
+    while True:
+        # Listed anew each time: a running training may have replaced a step under a reader.
+        step = _on_first(lambda: max(set(_steps(folder)) - set(broken), default=None))
+        if step is None:
+            break
+        path = folder / str(step)
+        manifest, fault = _on_first(partial(manifests.read, path))
+        if not fault:
+            target = like(manifest["meta"]) if callable(like) else like
+            _check_leaves(path, manifest["leaves"], target)
+            fault = _verify(path, manifest, set(_leaves(target)))
+        if not fault:
+            return Restored(step, _read(path, target), manifest["meta"]), list(broken)
+        broken[step] = f"{path.name}/{fault}"
+        if jax.process_index() == 0:
+            log.warning(
+                "checkpoint %d is broken (%s/%s): falling back to the step before",
+                step,
+                path,
+                fault,
+            )
+    lost = list(broken.values()) or _on_first(
+        lambda: sorted(path.name for path in folder.glob("*.corrupt*"))
+    )
+    if lost:
+        raise InputError(
+            f"{folder}: expected a whole checkpoint, found only broken ones ({'; '.join(lost)}): "
+            "bring one back from a copy, or choose another workdir to start from zero"
+        )
+    return None, []
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # One file a chunk instead of OCDBT: what a leaf needs can be read and verified alone, no
+    # process merges the others' work, and a conversion can write the same layout slice by slice.
+    # Trained float32 hardly compresses, and the cores are busy training.
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
+
+
+def _read(path: Path, target: PyTree) -> PyTree:
+    args = ocp.args.PyTreeRestore(
+        item=target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    return ocp.Checkpointer(_handler()).restore(path, args=args)
+
+
+def _steps(folder: Path) -> list[int]:
+    """By number: clocks and copies change times."""
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+
+def _set_aside(paths: list[Path]) -> None:
+    for path in paths:
+        names = (f"{path.name}.corrupt{n or ''}" for n in itertools.count())
+        aside = next(path.with_name(n) for n in names if not path.with_name(n).exists())
+        path.rename(aside)
+        log.warning("checkpoint %s is set aside as %s: delete it when you like", path.name, aside)
+
+
+def _leaves(tree: PyTree) -> dict[str, list[Any]]:
+    """leaf: [dtype, shape]; the names are Orbax's folder names."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        ".".join(key.key for key in path): [str(np.dtype(x.dtype)), list(x.shape)]
+        for path, x in flat
+    }
+
+
+def _check_leaves(path: Path, stored: dict[str, list[Any]], target: PyTree) -> None:
+    wanted, groups = _leaves(target), set(target)
+    for name in sorted(wanted.keys() | {n for n in stored if n.split(".")[0] in groups}):
+        if wanted.get(name) != stored.get(name):
+            expected, found = (
+                f"{leaf[0]}{leaf[1]}" if leaf else "nothing"
+                for leaf in (wanted.get(name), stored.get(name))
+            )
+            raise InputError(
+                f"checkpoint {path}: expected {expected} at {name}, found {found}: use the "
+                "configuration that wrote it (nothing is cast on the way)"
+            )
+
+
+def _verify(path: Path, manifest: dict[str, Any], leaves: set[str]) -> str:
+    """The first file that is not as it was written, and how; "" when all are.
+
+    Every process hashes a share of the files that `leaves` need, and learns of all faults.
+    """
+    passed = manifest["leaves"].keys() - leaves
+    files = {n: entry for n, entry in manifest["files"].items() if n.split("/")[0] not in passed}
+
+    def fault(name: str) -> int:
+        try:
+            size, digest = manifests.entry(path / name)
+        except FileNotFoundError:
+            return 1
+        except OSError:
+            return 2
+        return 0 if [size, digest] == files[name] else 4 if size == files[name][0] else 3
+
+    me, count = jax.process_index(), jax.process_count()
+    mine = manifests.share({name: size for name, (size, _) in files.items()}, me, count)
+    faults = dict(zip(mine, manifests.in_threads(fault, mine), strict=True))
+    codes = np.array([faults.get(name, 0) for name in files], np.uint8)
+    if count > 1:
+        codes = np.asarray(multihost_utils.process_allgather(codes)).max(0)
+    bad = [f"{name} {_ALTERED[code]}" for name, code in zip(files, codes, strict=True) if code]
+    more = f" and {len(bad) - 1} more files" if len(bad) > 1 else ""
+    return bad[0] + more if bad else ""
+
+
+def _cannot_write(path: Path, error: Exception) -> UserError:
+    lines = str(error).splitlines() or [type(error).__name__]
+    if isinstance(error, TimeoutError | jax.errors.JaxRuntimeError):
+        return PeerLostError(f"checkpoint {path}: a process did not finish its share: {lines[0]}")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+        return DoesNotFitError(
+            f"checkpoint {path}: the disk is full: make room and run the same command again; the "
+            "steps before are intact"
+        )
+    return InputError(
+        f"checkpoint {path}: expected a writable folder, found: {lines[0]}: mend the folder and "
+        "run the same command again; the steps before are intact"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _on_first(action: Callable[[], T]) -> T:
+    """What `action` gives on process 0 (JSON), on every process; its UserError is raised on all."""
+    if jax.process_count() == 1:
+        return action()
+    answer: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            answer["value"] = action()
+        except UserError as error:
+            answer["error"] = [type(error).__name__, str(error)]
+    data = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    data = np.resize(data, size)
+    answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))))
+    if "error" in answer:
+        name, text = answer["error"]
+        raise getattr(errors, name)(text)
+    return answer["value"]

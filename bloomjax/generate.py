@@ -1,0 +1,100 @@
+"""Write text with a model.
+
+python -m bloomjax.generate --model=WORKDIR --prompt="def main("
+"""
+
+import json
+import sys
+import time
+
+import jax
+from absl import flags
+
+from bloomjax import cli, processes, source
+from bloomjax.decode.sampling import Sampling
+from bloomjax.errors import ConfigError
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("model", None, "a training workdir", flag_values=values)
+    flags.DEFINE_string("prompt", None, "text to continue", flag_values=values)
+    flags.DEFINE_list("prompt_ids", None, "token ids to continue: 1,2,3", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 128, "tokens to add at most", flag_values=values)
+    flags.DEFINE_float(
+        "temperature", 0.0, "0: the likeliest token, always", lower_bound=0.0, flag_values=values
+    )
+    flags.DEFINE_integer("top_k", 0, "draw from the k likeliest; 0: all", 0, flag_values=values)
+    flags.DEFINE_float(
+        "top_p", 1.0, "draw from the fewest tokens of this mass", 0.0, 1.0, flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "of the draws", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", "auto", ["auto", "float32", "bfloat16"], "of compute", flag_values=values
+    )
+    flags.DEFINE_bool("stream", True, "print text as it comes", flag_values=values)
+    flags.DEFINE_bool("verbose", False, "tell sizes and times on stderr", flag_values=values)
+    flags.DEFINE_bool("json", False, "one JSON object on stdout", flag_values=values)
+
+
+def main(values: flags.FlagValues) -> None:
+    if not values.model:
+        raise ConfigError("--model is missing: expected a training workdir")
+    if (values.prompt is None) == (values.prompt_ids is None):
+        raise ConfigError("expected either --prompt or --prompt_ids")
+    if values.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens is {values.max_new_tokens}: expected 1 or more")
+    processes.start()
+    model = source.load(values.model, dtype=values.dtype)
+    tokenizer = model.tokenizer
+    if values.prompt_ids is not None:
+        try:
+            prompt_ids = [int(i) for i in values.prompt_ids]
+        except ValueError as error:
+            raise ConfigError(f"--prompt_ids: expected integers, found {error}") from error
+    elif tokenizer is None:
+        raise ConfigError(f"{values.model} has no tokenizer: give --prompt_ids instead")
+    else:
+        prompt_ids = tokenizer.encode(values.prompt)
+    if values.verbose:
+        count = model.config.parameter_count
+        print(f"{model.origin}: {count:,} parameters, mesh {model.mesh}", file=sys.stderr)
+
+    stream = tokenizer.stream() if tokenizer and values.stream and not values.json else None
+    sampling = Sampling(values.temperature, values.top_k, values.top_p)
+    start = time.perf_counter()
+    first = 0.0
+    ids: list[int] = []
+    logprob = 0.0
+    if stream and values.prompt is not None:
+        print(values.prompt, end="", flush=True)
+    for (fresh,) in model.generate([prompt_ids], values.max_new_tokens, sampling, values.seed):
+        first = first or time.perf_counter() - start
+        ids += fresh.ids
+        logprob += sum(fresh.logprobs)
+        if stream:
+            print("".join(map(stream.feed, fresh.ids)), end="", flush=True)
+    seconds = time.perf_counter() - start
+    rate = (len(ids) - 1) / (seconds - first) if len(ids) > 1 else 0.0
+    if values.verbose:
+        print(f"first token after {first:.2f} s, then {rate:.1f} tokens/s", file=sys.stderr)
+    if jax.process_index() != 0:
+        return
+    text = tokenizer.decode(ids) if tokenizer else None
+    if values.json:
+        record = {
+            "prompt_ids": prompt_ids,
+            "token_ids": ids,
+            "text": text,
+            "logprob": logprob,
+            "tokens_per_second": rate,
+            "seconds_to_first_token": first,
+        }
+        print(json.dumps(record))
+    elif stream:
+        print(stream.end())
+    else:
+        print(",".join(map(str, ids)) if text is None else (values.prompt or "") + text)
+
+
+if __name__ == "__main__":
+    cli.run(main, define, __doc__)
