@@ -15,7 +15,7 @@ from bloomjax import attention
 from bloomjax.config import ModelConfig
 from bloomjax.formats.names import from_hf, to_hf
 from bloomjax.loss import cross_entropy
-from bloomjax.model import Params, bind
+from bloomjax.model import Params, abstract_params, bind
 
 FILE = np.load(pathlib.Path(__file__).parent / "golden" / "hf_bloom.npz")
 META = json.loads(str(FILE["meta"]))
@@ -33,11 +33,15 @@ def config_of(case: dict[str, Any], **fields: Any) -> ModelConfig:
 
 
 def params_of(case: dict[str, Any], config: ModelConfig) -> Params:
+    """On the current mesh, in the layout of training."""
     weights = hf_weights(config.layers, config.width, config.vocab_size, case["seed"])
-    return from_hf(weights, config)
+    shapes = abstract_params(config, jax.sharding.get_mesh())
+    return jax.tree.map(
+        lambda a, s: jax.device_put(a, s.sharding), from_hf(weights, config), shapes
+    )
 
 
-def forward(config: ModelConfig, params: Params, tokens: Any, mask: Any) -> np.ndarray:
+def forward(config: ModelConfig, case: dict[str, Any], tokens: Any, mask: Any) -> np.ndarray:
     """Logits [B, T, V] at every position; a row without padding is asked without segments."""
 
     @jax.jit
@@ -47,7 +51,7 @@ def forward(config: ModelConfig, params: Params, tokens: Any, mask: Any) -> np.n
 
     with jax.set_mesh(one_device()):
         segments_BT = None if mask.all() else on_mesh("BT", mask)
-        return np.asarray(run(params, on_mesh("BT", tokens), segments_BT))
+        return np.asarray(run(params_of(case, config), on_mesh("BT", tokens), segments_BT))
 
 
 def compare(kind: str, name: str, **fields: Any) -> tuple[float, float]:
@@ -55,7 +59,7 @@ def compare(kind: str, name: str, **fields: Any) -> tuple[float, float]:
     case, at = META[kind][name], f"{kind}/{name}"
     config = config_of(case, **fields)
     mask = FILE[f"{at}/mask"]
-    ours = forward(config, params_of(case, config), FILE[f"{at}/tokens"], mask)
+    ours = forward(config, case, FILE[f"{at}/tokens"], mask)
     every = case["every"]
     real = mask[:, ::every] > 0
     ours, theirs = ours[:, ::every][real], FILE[f"{at}/logits"][real]
@@ -139,7 +143,7 @@ def test_bfloat16(name: str) -> None:
     ours = {}
     for alibi_dtype in ("float32", "compute"):
         config = config_of(case, dtype="bfloat16", alibi_dtype=alibi_dtype)
-        logits = forward(config, params_of(case, config), FILE[f"{at}/tokens"], mask)
+        logits = forward(config, case, FILE[f"{at}/tokens"], mask)
         ours[alibi_dtype] = logits[:, ::every][real]
     assert spread(ours["float32"] - true) <= 0.4 * spread(theirs - true)
     assert spread(ours["compute"] - theirs) <= 0.75 * spread(ours["float32"] - theirs)
