@@ -17,12 +17,15 @@ from bloomjax.sharding import act
 CHUNK = 512
 
 
-def alibi_slopes(heads: int) -> np.ndarray:
+def alibi_slopes(heads: int, base: type = np.float64) -> np.ndarray:
     """float32 [N]: 2^(-8i/n) for i = 1..n where n is a power of two; beyond the largest power of
-    two below N, the odd powers of its double's base (Press et al. 2022, as in their repository)."""
+    two below N, the odd powers of its double's base (Press et al. 2022, as in their repository).
+
+    Transformers rounds 2^(-8/n) to float32 before the power: give `base=np.float32` for its slopes.
+    """
     n = 2 ** int(np.log2(heads))
-    whole = 2.0 ** (-8.0 * np.arange(1, n + 1) / n)
-    rest = 2.0 ** (-8.0 * np.arange(1, 2 * (heads - n), 2) / (2 * n))
+    whole = np.float64(base(2.0 ** (-8.0 / n))) ** np.arange(1, n + 1)
+    rest = np.float64(base(2.0 ** (-4.0 / n))) ** np.arange(1, 2 * (heads - n), 2)
     return np.concatenate([whole, rest]).astype(np.float32)
 
 
@@ -47,7 +50,9 @@ def attend(
     """
     _, T, N, H = q_BTNH.shape
     S = k_BSNH.shape[1]
-    slopes_N11 = jax.reshard(jnp.asarray(alibi_slopes(N)), act("N"))[:, None, None]
+    # With slopes an ulp lower, products that lie between two bfloat16 numbers round otherwise.
+    slopes_N = alibi_slopes(N, np.float32 if round_alibi else np.float64)
+    slopes_N11 = jax.reshard(jnp.asarray(slopes_N), act("N"))[:, None, None]
     key_positions = jnp.arange(S)
     if round_alibi and segments_BT is not None:  # the reference counts from the first real token
         key_positions = jnp.cumsum(segments_BT > 0, 1)[:, None, None, :] - 1

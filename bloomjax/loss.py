@@ -77,6 +77,9 @@ def _head(
             loss, d_embed_VD = carry
             x_CD, targets_C, weights_C = inputs
             logits_CV = jnp.einsum("CD,VD->CV", x_CD, embed_VD, preferred_element_type=dtype)
+            # Or XLA may spare some uses the rounding to `dtype`: then the maximum is not one, the
+            # exponential can overflow, and a loss can be negative.
+            logits_CV = jax.lax.optimization_barrier(logits_CV)
             top_C = max_over("V", logits_CV.max(-1)).astype(jnp.float32)
             logits_CV32 = logits_CV.astype(jnp.float32)
             total_C = sum_over("V", jnp.exp(logits_CV32 - top_C[:, None]).sum(-1))

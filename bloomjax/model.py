@@ -302,10 +302,11 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
     """Shape, dtype and layout on `mesh` of every parameter, none of them allocated."""
 
     def shaped(p: nnx.Param) -> jax.ShapeDtypeStruct:
-        layout = NamedSharding(mesh, weight(p.axes))
-        return jax.ShapeDtypeStruct(p[...].shape, p[...].dtype, sharding=layout)
+        value, layout = p.get_value(), NamedSharding(mesh, weight(p.axes))
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout)
 
-    _, state = _graph(config)
+    with jax.set_mesh(mesh):
+        _, state = _graph(config)
     return nnx.to_pure_dict(
         jax.tree.map(shaped, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
     )
