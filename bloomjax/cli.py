@@ -5,14 +5,15 @@ is global, so tests call entries in-process.
 """
 
 import logging
-import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import jax
 from absl import flags
 
+from bloomjax import processes
 from bloomjax.errors import ConfigError, UserError
 
 Define = Callable[[flags.FlagValues], None]
@@ -52,6 +53,7 @@ def run(
     log.propagate = False  # past absl's handler, which adds a prefix
     log.addHandler(logging.StreamHandler(sys.stderr))
     try:
+        processes.start()
         main(parse(argv, define, doc or ""))
     except UserError as error:
         _leave(error, error.exit_code, f"bloomjax: {error}", argv)
@@ -65,10 +67,9 @@ def run(
 
 
 def _leave(error: BaseException, code: int, line: str, argv: Sequence[str]) -> NoReturn:
-    if "--debug" in argv:
-        raise error
+    if not {"--debug", "--debug=true"}.isdisjoint(argv):
+        line = "".join(traceback.format_exception(error)) + line
+    if jax.distributed.is_initialized():
+        processes.abandon(code, line)
     print(line, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        # The other processes wait for this one in a collective: an orderly shutdown would hang.
-        os._exit(code)
     raise SystemExit(code)

@@ -10,7 +10,7 @@ import time
 import jax
 from absl import flags
 
-from bloomjax import cli, processes, source
+from bloomjax import cli, source
 from bloomjax.decode.sampling import Sampling
 from bloomjax.errors import ConfigError
 
@@ -43,7 +43,6 @@ def main(values: flags.FlagValues) -> None:
         raise ConfigError("expected either --prompt or --prompt_ids")
     if values.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens is {values.max_new_tokens}: expected 1 or more")
-    processes.start()
     model = source.load(values.model, dtype=values.dtype)
     tokenizer = model.tokenizer
     if values.prompt_ids is not None:

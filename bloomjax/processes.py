@@ -1,21 +1,32 @@
 """The processes of a run: how they start, act as one, and stop together."""
 
+import atexit
+import contextlib
+import itertools
 import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
-import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from bloomjax import errors
 from bloomjax.errors import ConfigError, PeerLostError, UserError
 
 T = TypeVar("T")
+
+# Where the process that fails first writes its exit code, for the others to leave with.
+_FAILED = "bloomjax/failed"
+_DAY = 24 * 3600 * 1000  # in ms
+_over = threading.Event()  # this process leaves by itself
+_calls = itertools.count()  # of on_first: the same on all processes
 
 
 def start() -> None:
@@ -39,25 +50,84 @@ def start() -> None:
     except RuntimeError as error:
         cause = str(error).splitlines()[0]
         raise PeerLostError(f"process {index} of {count} cannot join {address}: {cause}") from error
+    _keep_stdout()
+    follower = threading.Thread(target=_follow, args=(distributed.global_state,), daemon=True)
+    follower.start()
+    atexit.register(follower.join)
+    atexit.register(_over.set)  # runs before the line above, and that before JAX's goodbye
+
+
+def _keep_stdout() -> None:
+    """Standard output is for results: Gloo, which announces each connection there, loses it."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.close(nothing)
+
+
+def _follow(state: Any) -> None:
+    """Leave soon after another process has failed: it would be waited for in vain."""
+    code = None
+    while code is None and not _over.wait(0.5):
+        try:
+            code = state.client.key_value_try_get(_FAILED)
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" not in str(error):
+                return  # process 0 is gone, which JAX notices too
+    if code is None or _over.is_set():
+        return
+    if state.process_id == 0:
+        time.sleep(2)  # it holds what connects the others: they leave first
+    os._exit(int(code))
+
+
+def abandon(code: int, line: str) -> NoReturn:
+    """Leave with `line` on stderr, after the others: for a process that has joined others.
+
+    They may wait for this one in a collective, so an orderly shutdown would hang; they follow with
+    the same code. Of several that fail together, one speaks.
+    """
+    state: Any = distributed.global_state
+    _over.set()
+    try:
+        state.client.key_value_set(_FAILED, str(code))
+        first = True
+    except jax.errors.JaxRuntimeError as error:
+        first = "ALREADY_EXISTS" not in str(error)
+    if state.process_id == 0:
+        time.sleep(2)  # the others leave first, in silence
+    if first:
+        print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def on_first(action: Callable[[], T]) -> T:
-    """What `action` gives on process 0 (JSON), on every process; its UserError is raised on all."""
-    if jax.process_count() == 1:
+    """What `action` gives on process 0 (JSON), on every process; its UserError is raised on all.
+
+    It may take hours: the others wait for an entry of the coordinator's table, not in a collective,
+    for which Gloo waits 30 s.
+    """
+    state: Any = distributed.global_state
+    if state.client is None:
         return action()
-    answer: dict = {}
-    if jax.process_index() == 0:
+    key = f"bloomjax/first/{next(_calls)}"
+    if state.process_id == 0:
+        answer: dict[str, Any] = {}
         try:
             answer["value"] = action()
         except UserError as error:
             answer["error"] = [type(error).__name__, str(error)]
-    data = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    data = np.resize(data, size)
-    answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))))
+        text = json.dumps(answer)
+        state.client.key_value_set(key, text)
+    else:
+        text = state.client.blocking_key_value_get(key, _DAY)
+    answer = json.loads(text)
     if "error" in answer:
-        name, text = answer["error"]
-        raise getattr(errors, name)(text)
+        name, line = answer["error"]
+        raise getattr(errors, name)(line)
     return answer["value"]
 
 

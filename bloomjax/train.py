@@ -48,7 +48,6 @@ def main(values: flags.FlagValues) -> None:
         missing = "--config" if values.config is None else "--workdir"
         raise ConfigError(f"{missing} is missing: expected --config=FILE.py --workdir=FOLDER")
     config = freeze(values.config)
-    processes.start()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divides(config, mesh)
     with jax.set_mesh(mesh):
