@@ -5,18 +5,72 @@ is global, so tests call entries in-process.
 """
 
 import logging
+import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from bloomjax import processes
+from bloomjax.config import Config, freeze, read_value
 from bloomjax.errors import ConfigError, UserError
 
 Define = Callable[[flags.FlagValues], None]
+
+
+def define_config(values: flags.FlagValues) -> None:
+    """The flags that `load_config` reads; `parse` turns --config.a.b=c into --set=a.b=c."""
+    flags.DEFINE_string("config", None, "a file of configs/", flag_values=values)
+    flags.DEFINE_multi_string(
+        "set", [], "group.field=value; --config.group.field=value is the same", flag_values=values
+    )
+
+
+def load_config(values: flags.FlagValues) -> Config:
+    """What the config file returns, with the overrides of the command line, checked and frozen.
+
+    ConfigError in one line for whatever is wrong with either.
+    """
+    path = Path(values.config)
+    if not path.is_file():
+        raise ConfigError(f"--config={path}: expected a Python file, found nothing there")
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        lines = [
+            f.lineno
+            for f in traceback.extract_tb(error.__traceback__)
+            if f.filename == values.config
+        ]
+        where = f"{path}:{lines[-1]}" if lines else f"{path}"
+        raise ConfigError(
+            f"{where}: expected get_config() to return a ConfigDict, found {one_line(what)}"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: expected get_config() to return a ConfigDict, found {config!r}")
+    nested = config.to_dict()
+    try:
+        freeze(nested)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    for override in values.set:
+        key, _, text = override.partition("=")
+        group, _, field = key.partition(".")
+        nested[group][field] = read_value(group, field, text)
+    return freeze(nested)
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 def parse(argv: Sequence[str], define: Define, doc: str = "") -> flags.FlagValues:
@@ -25,13 +79,12 @@ def parse(argv: Sequence[str], define: Define, doc: str = "") -> flags.FlagValue
     define(values)
     flags.DEFINE_bool("debug", False, "show the traceback of an error", flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
+    if "set" in values:
+        argv = [re.sub("^--?config[.]", "--set=", arg) for arg in argv]
     try:
         rest = values(["bloomjax", *argv])
-    except (flags.Error, KeyError, AttributeError, OSError) as error:
-        # config_flags answers a misspelt override with the nearest key, in an error of two lines
-        words = " ".join(str(error.args[0] if error.args else error).split())
-        kind = "unknown key " if isinstance(error, KeyError | AttributeError) else ""
-        raise ConfigError(f"{kind}{words} (--help lists the flags)") from error
+    except flags.Error as error:
+        raise ConfigError(f"{one_line(error)} (--help lists the flags)") from error
     if values.help:
         print(doc.strip() + "\n\n" + values.get_help())
         raise SystemExit(0)
@@ -62,7 +115,9 @@ def run(
     except SystemExit:
         raise
     except Exception as error:
-        _leave(error, 1, f"bloomjax: a defect of ours: {type(error).__name__}: {error}", argv)
+        _leave(
+            error, 1, f"bloomjax: a defect of ours: {type(error).__name__}: {one_line(error)}", argv
+        )
     raise SystemExit(0)
 
 

@@ -4,15 +4,18 @@ Letters (used everywhere: names, einsums, shapes, shardings): B batch, T query p
 position, D model, N heads, H head dim, F ffn, V vocabulary, L layers, 3 the q/k/v triple.
 """
 
+import ast
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from bloomjax.errors import ConfigError
+from bloomjax.errors import ConfigError, InputError
 
 # The six published models and the recipe that trained each (Megatron-DeepSpeed scripts tr11*).
 # Ramp-up always starts at 192 sequences and lasts 9,765,625 samples; `steps` consumes the planned
@@ -210,6 +213,8 @@ def freeze(config: Mapping[str, Any]) -> Config:
     for name, group in groups.items():
         assert isinstance(group, type)
         fields = {f.name: f.type for f in dataclasses.fields(group)}
+        if not isinstance(config[name], Mapping | ConfigDict):
+            raise ConfigError(f"config.{name} is {config[name]!r}: expected {', '.join(fields)}")
         values = dict(config[name])
         _same_keys(name, set(values), set(fields))
         built[name] = group(**{k: _typed(f"{name}.{k}", v, fields[k]) for k, v in values.items()})
@@ -218,18 +223,47 @@ def freeze(config: Mapping[str, Any]) -> Config:
     return frozen
 
 
-def _same_keys(where: str, found: set[str], expected: set[str]) -> None:
+def read_value(group: str, field: str, text: str) -> Any:
+    """`text` of a command line as the type of config.`group`.`field`.
+
+    Several strings are separated by commas or written as Python does. ConfigError if there is no
+    such field, with the nearest name, or if the text is no such value.
+    """
+    groups: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
+    _same_keys("config", {group}, set(groups), partly=True)
+    fields: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(groups[group])}
+    _same_keys(group, {field}, set(fields), partly=True)
+    kind = fields[field]
+    value: Any = text
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind in (int, float):
+            return kind(text)
+        if kind == tuple[str, ...]:
+            written = text.startswith(("(", "["))
+            value = ast.literal_eval(text) if written else tuple(filter(None, text.split(",")))
+    except (ValueError, KeyError, SyntaxError) as error:
+        name = "strings" if kind == tuple[str, ...] else kind.__name__
+        raise ConfigError(f"config.{group}.{field} is {text!r}: expected {name}") from error
+    return _typed(f"{group}.{field}", value, kind)
+
+
+def _same_keys(where: str, found: set[str], expected: set[str], partly: bool = False) -> None:
     for key in sorted(found - expected):
         near = difflib.get_close_matches(key, expected, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(expected))}"
         raise ConfigError(f"unknown key {key!r} in {where}{hint}")
-    if missing := expected - found:
+    if not partly and (missing := expected - found):
         raise ConfigError(f"{where} lacks {', '.join(sorted(missing))}: start from base_config()")
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
     if kind == tuple[str, ...]:
-        return (value,) if isinstance(value, str) else tuple(value)
+        values = (value,) if isinstance(value, str) else value
+        if not isinstance(values, tuple | list) or not all(isinstance(v, str) for v in values):
+            raise ConfigError(f"config.{name} is {value!r}: expected strings")
+        return tuple(values)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -272,6 +306,20 @@ def _check(config: Config) -> None:
         need(getattr(run, name) >= 1, f"run.{name}", "at least 1")
     for name in ("eval_every", "workers", "profile_step"):
         need(getattr(run, name) >= 0, f"run.{name}", "0 or more")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What a run's config.json holds, to be frozen or compared. InputError if it cannot be read."""
+    try:
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError(f"not {type(saved).__name__}")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: expected the configuration of a run, found {error}: bring it back from a "
+            'copy, or from "config" in the manifest.json of a checkpoint'
+        ) from error
+    return saved
 
 
 def resume_differences(saved: Mapping[str, Any], now: Config) -> list[str]:

@@ -58,7 +58,9 @@ def main(values: flags.FlagValues) -> None:
         count = model.config.parameter_count
         print(f"{model.origin}: {count:,} parameters, mesh {model.mesh}", file=sys.stderr)
 
-    stream = tokenizer.stream() if tokenizer and values.stream and not values.json else None
+    speaks = jax.process_index() == 0
+    streams = values.stream and not values.json and speaks
+    stream = tokenizer.stream() if tokenizer and streams else None
     sampling = Sampling(values.temperature, values.top_k, values.top_p)
     start = time.perf_counter()
     first = 0.0
@@ -76,7 +78,7 @@ def main(values: flags.FlagValues) -> None:
     rate = (len(ids) - 1) / (seconds - first) if len(ids) > 1 else 0.0
     if values.verbose:
         print(f"first token after {first:.2f} s, then {rate:.1f} tokens/s", file=sys.stderr)
-    if jax.process_index() != 0:
+    if not speaks:
         return
     text = tokenizer.decode(ids) if tokenizer else None
     if values.json:

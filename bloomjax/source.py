@@ -4,7 +4,6 @@ A source is the workdir of a training run; the newest whole checkpoint counts.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from bloomjax import checkpoint, model
-from bloomjax.config import MeshConfig, ModelConfig, freeze
+from bloomjax.config import MeshConfig, ModelConfig, freeze, read_config
 from bloomjax.data.tokenizer import Tokenizer, load_tokenizer
 from bloomjax.decode.engine import GREEDY, Engine, Fresh
 from bloomjax.decode.sampling import Sampling
@@ -69,7 +68,7 @@ def load(source: str | Path, mesh: Mesh | None = None, dtype: str = "auto") -> M
             f"{source}: expected a training workdir (with config.json and checkpoints/), found "
             + ("another folder" if path.is_dir() else "nothing there")
         )
-    saved = freeze(json.loads((path / "config.json").read_text())).model
+    saved = freeze(read_config(path / "config.json")).model
     config = dataclasses.replace(saved, dtype=dtype)
     mesh = mesh or _tensor_mesh(config)
     like = {"params": model.abstract_params(config, mesh)}

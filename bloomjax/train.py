@@ -7,9 +7,7 @@ The same command again resumes. `--config.group.field=value` changes a field.
 
 import json
 import math
-import os
 import shlex
-import shutil
 import sys
 import time
 from contextlib import closing
@@ -20,11 +18,11 @@ import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import config_flags
 
 from bloomjax import checkpoint, cli, processes, sharding
 from bloomjax.checkpoint import Checkpoints
-from bloomjax.config import Config, freeze, resume_differences
+from bloomjax.config import Config, read_config, resume_differences
+from bloomjax.data.files import replacing
 from bloomjax.data.pipeline import heldout_batches, train_batches
 from bloomjax.data.prepare import Prepared, open_prepared, prepare
 from bloomjax.data.tokenizer import load_tokenizer
@@ -39,7 +37,7 @@ PATIENCE = 3
 
 
 def define(values: flags.FlagValues) -> None:
-    config_flags.DEFINE_config_file("config", None, "a file of configs/", flag_values=values)
+    cli.define_config(values)
     flags.DEFINE_string("workdir", None, "the folder of the run", flag_values=values)
 
 
@@ -47,7 +45,7 @@ def main(values: flags.FlagValues) -> None:
     if values.config is None or not values.workdir:
         missing = "--config" if values.config is None else "--workdir"
         raise ConfigError(f"{missing} is missing: expected --config=FILE.py --workdir=FOLDER")
-    config = freeze(values.config)
+    config = cli.load_config(values)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divides(config, mesh)
     with jax.set_mesh(mesh):
@@ -61,22 +59,11 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
     # ---- the folder, its data ---------------------------------------------------------------
     checkpoints = Checkpoints(workdir / "checkpoints", run.keep_checkpoints)
     prepared = prepare_run(config, workdir)
-    meta: dict[str, Any] = {
-        "config": config.to_dict(),
-        "data": prepared.train.sha256,
-        "tokenizer": load_tokenizer(prepared.tokenizer).fingerprint if prepared.tokenizer else "",
-    }
+    meta: dict[str, Any] = {"config": config.to_dict()} | identity(prepared)
 
     # ---- the state: restored, or fresh ------------------------------------------------------
     restored = checkpoints.restore(abstract_state(config, mesh).as_tree())
     if restored:
-        for what in ("data", "tokenizer"):
-            if restored.meta[what] != meta[what]:
-                raise InputError(
-                    f"{workdir}: expected the {what} of step {restored.step} "
-                    f"({restored.meta[what]:.12}), found {meta[what]:.12}: bring it back, or "
-                    "choose another workdir"
-                )
         state = TrainState.from_tree(restored.state)
     else:
         state = init_state(config)
@@ -146,39 +133,60 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
 def prepare_run(config: Config, workdir: Path) -> Prepared:
     """Claim the folder for this configuration, and tokenise the data where that is still to do.
 
-    ConfigError, listing the differences, if the folder holds the run of another configuration.
+    ConfigError, listing the differences, if the folder holds the run of another configuration;
+    InputError if it was trained on other data. Nothing but `data/` changes in what is refused.
     """
-    data, tokens = workdir / "data", config.model.vocab_size
+    path, data = workdir / "config.json", workdir / "data"
 
     def claim() -> None:
-        path = workdir / "config.json"
-        if path.exists():
-            differences = resume_differences(json.loads(path.read_text()), config)
-            if differences:
-                raise ConfigError(
-                    f"{workdir} holds a run of another configuration ({'; '.join(differences)}): "
-                    "expected run.*, mesh.* or a larger optim.steps to differ; choose another "
-                    "workdir"
-                )
-        # What a run has begun with stays: sources may change under it, its tokens do not.
         begun = checkpoint.newest_meta(workdir / "checkpoints")
-        prepared = (begun and whole(data)) or prepare(config.data, tokens, data)
+        step, meta = begun or (0, None)
+        saved = meta["config"] if meta else read_config(path) if path.exists() else None
+        if saved and (differences := resume_differences(saved, config)):
+            raise ConfigError(
+                f"{workdir} holds a run of another configuration ({'; '.join(differences)}): "
+                "expected run.*, mesh.* or a larger optim.steps to differ; choose another "
+                "workdir"
+            )
+        # What a run has begun with stays: texts may change under it, its tokens do not.
+        prepared = whole(data, meta) if meta else None
+        prepared = prepared or prepare(config.data, config.model.vocab_size, data)
+        for what, found in identity(prepared).items():
+            if meta and meta[what] != found:
+                raise InputError(
+                    f"{workdir}: expected the {what} of step {step} ({meta[what]:.12}), found "
+                    f"{found:.12}: bring it back, or choose another workdir"
+                )
         if prepared.tokenizer:  # beside the checkpoints, so that they are of use without the data
-            shutil.copy(prepared.tokenizer, workdir / prepared.tokenizer.name)
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        os.replace(fresh, path)
+            with replacing(workdir / prepared.tokenizer.name) as copy:
+                copy.write(prepared.tokenizer.read_bytes())
+        with replacing(path) as file:
+            file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
 
     processes.on_first(claim)
     return open_prepared(data)
 
 
-def whole(folder: Path) -> Prepared | None:
-    """What `prepare` left in `folder`, if it is all there."""
+def identity(prepared: Prepared) -> dict[str, str]:
+    """What a run may not continue without: hashes of its tokens and its tokenizer."""
+    tokenizer = prepared.tokenizer
+    return {
+        "data": prepared.train.sha256,
+        "tokenizer": load_tokenizer(tokenizer).fingerprint if tokenizer else "",
+    }
+
+
+def whole(folder: Path, meta: dict[str, Any]) -> Prepared | None:
+    """What `prepare` left in `folder`, if it is all there and what a run of `meta` began with.
+
+    Tokens that lie elsewhere are left to `prepare`, which sees whether they have changed.
+    """
     try:
-        return open_prepared(folder)
+        prepared = open_prepared(folder)
+        same = identity(prepared).items() <= meta.items()
     except InputError:
         return None
+    return prepared if same and prepared.train.prefix.parent == folder.absolute() else None
 
 
 class Evaluation:

@@ -5,7 +5,7 @@
 #
 # Each process sees this machine's devices; on CPU, XLA_FLAGS=--xla_force_host_platform_device_count=K
 # gives each K. DRY_RUN=1 prints what would be started. Ctrl-C and SIGTERM reach every process; when
-# one fails, the others are ended and its exit code is this script's.
+# one fails, the others are ended and its exit code is this script's. Needs bash 5.1.
 set -u
 if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
   echo "usage: launch/local.sh N MODULE [--flag=value ...], N of 1 or more" >&2
@@ -29,25 +29,28 @@ if [ -n "${DRY_RUN:-}" ]; then
   exit 0
 fi
 
-pids=()
+declare -A running=()
+all() { [ ${#running[@]} -eq 0 ] || kill "$1" "${!running[@]}" 2>/dev/null; }
+trap 'all -TERM' TERM
+trap 'all -INT' INT # jobs of a script do not hear the terminal's Ctrl-C
 for ((i = 0; i < count; i++)); do
   start "$i" "$module" "$@" &
-  pids+=($!)
+  running[$!]=1
 done
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
-trap 'kill -INT "${pids[@]}" 2>/dev/null' INT # jobs of a script do not hear the terminal's Ctrl-C
 
-status=0 left=$count
-while [ "$left" -gt 0 ]; do
-  wait -n
+status=0 executioner=
+while [ ${#running[@]} -gt 0 ]; do
+  wait -n -p ended "${!running[@]}"
   code=$?
-  running=($(jobs -rp))
-  [ ${#running[@]} -lt "$left" ] || continue # a trapped signal ended the wait, not a process
-  left=${#running[@]}
+  [ -n "${ended:-}" ] || continue # a trapped signal ended the wait, not a process
+  unset "running[$ended]"
   if [ $code -ne 0 ] && [ $status -eq 0 ]; then
     status=$code
-    (sleep 15 && kill -KILL "${pids[@]}" 2>/dev/null) & # the others cannot go on without it
-    disown
+    # The others cannot go on without it, and leave by themselves unless they are stuck.
+    pids="${!running[*]}"
+    (sleep 15 && kill -KILL $pids) >/dev/null 2>&1 &
+    executioner=$!
   fi
 done
+[ -z "$executioner" ] || kill "$executioner" 2>/dev/null
 exit $status

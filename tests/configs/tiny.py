@@ -1,6 +1,6 @@
 """A BLOOM that fits a test: two layers, and bloomjax's own sources as text.
 
-    python -m bloomjax.train --config=tests/configs/tiny.py --workdir=DIR
+python -m bloomjax.train --config=tests/configs/tiny.py --workdir=DIR
 """
 
 from pathlib import Path
