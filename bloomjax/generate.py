@@ -43,17 +43,20 @@ def main(values: flags.FlagValues) -> None:
         raise ConfigError("expected either --prompt or --prompt_ids")
     if values.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens is {values.max_new_tokens}: expected 1 or more")
+    try:
+        given_ids = [int(i) for i in values.prompt_ids or ()]
+    except ValueError as error:
+        raise ConfigError(f"--prompt_ids: expected integers, found {error}") from error
+    if not (values.prompt or given_ids):
+        raise ConfigError("the prompt is empty: expected at least one token")
     model = source.load(values.model, dtype=values.dtype)
     tokenizer = model.tokenizer
-    if values.prompt_ids is not None:
-        try:
-            prompt_ids = [int(i) for i in values.prompt_ids]
-        except ValueError as error:
-            raise ConfigError(f"--prompt_ids: expected integers, found {error}") from error
-    elif tokenizer is None:
+    if values.prompt_ids is None and tokenizer is None:
         raise ConfigError(f"{values.model} has no tokenizer: give --prompt_ids instead")
-    else:
-        prompt_ids = tokenizer.encode(values.prompt)
+    prompt_ids = tokenizer.encode(values.prompt) if tokenizer and values.prompt else given_ids
+    V = model.config.vocab_size
+    if wrong := [i for i in prompt_ids if not 0 <= i < V]:
+        raise ConfigError(f"--prompt_ids has {wrong[0]}: expected 0 to {V - 1}")
     if values.verbose:
         count = model.config.parameter_count
         print(f"{model.origin}: {count:,} parameters, mesh {model.mesh}", file=sys.stderr)

@@ -134,18 +134,21 @@ def on_first(action: Callable[[], T]) -> T:
 class Stop:
     """Whether SIGTERM or Ctrl-C asked to stop, agreed on by all processes; a second one kills.
 
-    with Stop() as stop:
+    stop = Stop()  # listens from here on
+    with stop:
         for step in ...:
             if stop.now(step): save and leave
     """
 
-    def __enter__(self) -> "Stop":
+    def __init__(self) -> None:
         self.interrupted = False  # by Ctrl-C, here
         self._asked = False
         self._alone = jax.process_count() == 1
         self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._ask)}
         if self._alone:  # JAX itself listens to SIGTERM where it has other processes to tell
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
+
+    def __enter__(self) -> "Stop":
         return self
 
     def __exit__(

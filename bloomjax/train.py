@@ -62,11 +62,9 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
     meta: dict[str, Any] = {"config": config.to_dict()} | identity(prepared)
 
     # ---- the state: restored, or fresh ------------------------------------------------------
+    stop = processes.Stop()  # the first step compiles: whoever stops the run now waits for it
     restored = checkpoints.restore(abstract_state(config, mesh).as_tree())
-    if restored:
-        state = TrainState.from_tree(restored.state)
-    else:
-        state = init_state(config)
+    state = TrainState.from_tree(restored.state) if restored else init_state(config)
     first = saved = int(state.step)
     metrics = Metrics(workdir, done=first)
     metrics.say(describe(config, mesh, prepared, state))
@@ -94,7 +92,7 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
 
     # ---- the loop ---------------------------------------------------------------------------
     reporter = Reporter(config, metrics, first)
-    with processes.Stop() as stop, closing(checkpoints), closing(metrics), closing(batches):
+    with stop, closing(checkpoints), closing(metrics), closing(batches):
         for done, batch in enumerate(batches, first + 1):
             if done == run.profile_step:
                 jax.profiler.start_trace(str(workdir / "profile"))
