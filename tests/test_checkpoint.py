@@ -274,6 +274,35 @@ def test_two_processes_then_one_then_four(tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["10.corrupt", "9", "lock"]
 
 
+READ_HALF = (
+    CHILD
+    + """
+from test_checkpoint import read_bytes
+from bloomjax.checkpoint import restore
+target = shapes(make_mesh(MeshConfig(1, 2, 1)), 4096)
+restore(Path(sys.argv[1]), target)  # the first call also reads Python modules
+before = read_bytes()
+found = restore(Path(sys.argv[1]), target)
+print(read_bytes() - before)
+exact(found.state, 1, 4096)
+"""
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes through /proc")
+def test_a_process_reads_and_verifies_only_its_share(
+    opened: Callable[..., Checkpoints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bloomjax.checkpoint._FILE_BYTES", 2**18)
+    checkpoints = opened()
+    one = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    checkpoints.save(1, state(1, one, 4096), {})
+    checkpoints.close()
+    size = 2 * 4 * 16 * 8 * 4096
+    for read in processes.launch(2, READ_HALF, checkpoints.folder):
+        assert 0.9 < int(read) / size < 1.1  # half of it to verify, half of it to load
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
@@ -478,6 +507,12 @@ def test_a_sealed_folder_is_a_checkpoint(tmp_path: Path, mesh: Mesh) -> None:
 
 def test_plain_orbax_reads_our_steps(two: Path, mesh: Mesh) -> None:
     exact(ocp.StandardCheckpointer().restore(two / "10", shapes(mesh)), 10)
+
+
+def test_a_step_under_another_number_does_not_count(two: Path, mesh: Mesh) -> None:
+    (two / "10").rename(two / "20")
+    found = restore(two, shapes(mesh))
+    assert found is not None and found.step == 9
 
 
 def test_a_newer_manifest_names_its_version(
