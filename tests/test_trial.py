@@ -16,7 +16,7 @@ import pytest
 import trial
 from trial import ROOT, Trial, arrays, ended, metrics, refused, saved, steps, until
 
-STEPS = 120  # of tests/configs/tiny.py
+STEPS = 80  # of tests/configs/tiny.py
 ENDLESS = ("--config.optim.steps=1000000", "--config.run.checkpoint_every=1000000")
 
 
@@ -30,7 +30,7 @@ def unbroken(runs: Trial, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of a run that nothing happened to. Not to be changed."""
     workdir = tmp_path_factory.mktemp("unbroken")
     runs.done(workdir)
-    assert saved(workdir) == [STEPS - 3, STEPS]
+    assert saved(workdir) == [STEPS - 4, STEPS]
     assert [record["step"] for record in steps(workdir)] == list(range(1, STEPS + 1))
     assert steps(workdir)[-1]["loss"] < 0.9 * steps(workdir)[0]["loss"]
     return workdir
@@ -65,7 +65,7 @@ def test_killed_ten_times_is_bitwise_unbroken(runs: Trial, unbroken: Path, tmp_p
     for _ in range(10):
         # Some lives end in start-up, the others some steps later, in a step or in a save.
         before, begun = len(steps(tmp_path)), time.monotonic()
-        seconds, more = rng.uniform(0, 6), rng.randint(1, 8)
+        seconds, more = rng.uniform(0, 6), rng.randint(1, 6)
         (child,) = runs.start(command)
         while time.monotonic() < begun + seconds and len(steps(tmp_path)) < before + more:
             assert child.poll() is None
@@ -90,7 +90,7 @@ def test_samples_do_not_depend_on_processes(runs: Trial, unbroken: Path, tmp_pat
     command = runs.train(tmp_path, "--config.optim.steps=12")
     for count, end in ((1, 4), (2, 8)):
         children = runs.start(command, count)
-        until(lambda end=end: saved(tmp_path) and max(saved(tmp_path)) >= end - 3, children)
+        until(lambda end=end: len(steps(tmp_path)) > end, children)
         trial.kill(children)
         assert saved(tmp_path)[-1] < 12
     assert [e.code for e in runs.run(command, 4)] == [0] * 4
@@ -98,7 +98,7 @@ def test_samples_do_not_depend_on_processes(runs: Trial, unbroken: Path, tmp_pat
     assert saved(tmp_path)[-1] == 12
 
 
-def test_a_flipped_byte_costs_three_steps(runs: Trial, unbroken: Path, copy: Path) -> None:
+def test_a_flipped_byte_costs_four_steps(runs: Trial, unbroken: Path, copy: Path) -> None:
     file = max((copy / "checkpoints" / str(STEPS)).glob("params*/c/**/0"))
     flipped = bytearray(file.read_bytes())
     flipped[len(flipped) // 2] ^= 16
@@ -177,7 +177,7 @@ def test_what_process_0_refuses_is_the_last_thing_said(
         terminal.seek(0)
         said = terminal.read().splitlines()
     assert end.returncode == 2 and not end.stdout
-    assert len(said) == 1 and "optim.steps: 120 -> 7" in said[0]
+    assert len(said) == 1 and "optim.steps: 80 -> 7" in said[0]
     assert trial.tree(copy) == before
 
 
