@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from bloomjax import processes
 from bloomjax.config import Config, freeze, read_value
-from bloomjax.errors import ConfigError, UserError
+from bloomjax.errors import ConfigError, PeerLostError, UserError
 
 Define = Callable[[flags.FlagValues], None]
 
@@ -115,6 +115,9 @@ def run(
     except SystemExit:
         raise
     except Exception as error:
+        if processes.lost_another(error):
+            line = f"lost another process of this run, or it got stuck: {one_line(error)[:200]}"
+            _leave(error, PeerLostError.exit_code, f"bloomjax: {line}: start all again", argv)
         _leave(
             error, 1, f"bloomjax: a defect of ours: {type(error).__name__}: {one_line(error)}", argv
         )

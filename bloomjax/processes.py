@@ -104,6 +104,14 @@ def abandon(code: int, line: str) -> NoReturn:
     os._exit(code)
 
 
+def lost_another(error: Exception) -> bool:
+    """Whether `error` is how JAX says that another process does not answer."""
+    signs = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
+    joined = distributed.global_state.client is not None
+    known = isinstance(error, jax.errors.JaxRuntimeError)
+    return joined and known and any(sign in str(error) for sign in signs)
+
+
 def on_first(action: Callable[[], T]) -> T:
     """What `action` gives on process 0 (JSON), on every process; its UserError is raised on all.
 
