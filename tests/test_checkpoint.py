@@ -188,16 +188,19 @@ while True:
 
 
 def survive(folder: Path, mesh: Mesh, trials: int, seed: int) -> None:
-    rng, announced, steps = random.Random(seed), 0, set()
+    rng, announced = random.Random(seed), 0
     for _ in range(trials):
         child = processes.start(KILLED, folder, devices=4)
         try:
             assert child.stdout is not None
             assert child.stdout.readline() == f"start {announced}\n", child.communicate()[1]
-            time.sleep(rng.random() * 0.8)
+            lines = []
+            for _ in range(rng.choice((1, 3, 5))):  # saving, announced, saving, ...
+                lines.append(child.stdout.readline())
+            time.sleep(rng.random() * 0.1)
         finally:
             child.kill()
-        lines = child.communicate()[0].splitlines()
+        lines += child.communicate()[0].splitlines()
         said = [int(line.split()[1]) for line in lines if line.startswith("announced")]
         announced = max([announced, *said])
         found = restore(folder, shapes(mesh, 4096))
@@ -208,8 +211,6 @@ def survive(folder: Path, mesh: Mesh, trials: int, seed: int) -> None:
             assert found.meta == {"samples": at}
             exact(found.state, at, 4096)
         announced = at
-        steps.add(at)
-    assert len(steps) > trials // 3  # the kills fell into saves, not into the start
     Checkpoints(folder, 1).close()
     assert sorted(p.name for p in folder.iterdir()) == sorted([str(announced), "lock"])
 
