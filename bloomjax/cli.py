@@ -9,7 +9,8 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -101,13 +102,10 @@ def run(
 ) -> NoReturn:
     """Parse, run, and leave with the exit code that the README lists."""
     argv = sys.argv[1:] if argv is None else argv
-    log = logging.getLogger("bloomjax")
-    log.setLevel(logging.INFO)
-    log.propagate = False  # past absl's handler, which adds a prefix
-    log.addHandler(logging.StreamHandler(sys.stderr))
     try:
         processes.start()
-        main(parse(argv, define, doc or ""))
+        with _log_on_stderr():
+            main(parse(argv, define, doc or ""))
     except UserError as error:
         _leave(error, error.exit_code, f"bloomjax: {error}", argv)
     except KeyboardInterrupt as error:
@@ -122,6 +120,21 @@ def run(
             error, 1, f"bloomjax: a defect of ours: {type(error).__name__}: {one_line(error)}", argv
         )
     raise SystemExit(0)
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    log, handler = logging.getLogger("bloomjax"), logging.StreamHandler(sys.stderr)
+    before = log.level, log.propagate
+    log.setLevel(logging.INFO)
+    log.propagate = False  # past absl's handler, which adds a prefix
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
 
 
 def _leave(error: BaseException, code: int, line: str, argv: Sequence[str]) -> NoReturn:

@@ -53,12 +53,17 @@ def main(values: flags.FlagValues) -> None:
 
 
 def train(config: Config, workdir: Path, mesh: Mesh) -> None:
-    """The run of `workdir`, from where it stands to `optim.steps`."""
-    run, steps = config.run, config.optim.steps
+    """The run of `workdir`, which it has for itself."""
+    keep = config.run.keep_checkpoints
+    with closing(Checkpoints(workdir / "checkpoints", keep)) as checkpoints:
+        continue_run(config, workdir, mesh, prepare_run(config, workdir), checkpoints)
 
-    # ---- the folder, its data ---------------------------------------------------------------
-    checkpoints = Checkpoints(workdir / "checkpoints", run.keep_checkpoints)
-    prepared = prepare_run(config, workdir)
+
+def continue_run(
+    config: Config, workdir: Path, mesh: Mesh, prepared: Prepared, checkpoints: Checkpoints
+) -> None:
+    """From where the run stands to `optim.steps`."""
+    run, steps = config.run, config.optim.steps
     meta: dict[str, Any] = {"config": config.to_dict()} | identity(prepared)
 
     # ---- the state: restored, or fresh ------------------------------------------------------
@@ -92,7 +97,7 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
 
     # ---- the loop ---------------------------------------------------------------------------
     reporter = Reporter(config, metrics, first)
-    with stop, closing(checkpoints), closing(metrics), closing(batches):
+    with stop, closing(metrics), closing(batches):
         for done, batch in enumerate(batches, first + 1):
             if done == run.profile_step:
                 jax.profiler.start_trace(str(workdir / "profile"))
@@ -122,6 +127,7 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
                 reporter.restart_clock()
             if stopping:
                 break
+        checkpoints.wait()
     if saved < steps:
         metrics.say(f"stopped after step {saved}; to resume:\n  {command()}")
         if stop.interrupted:

@@ -9,9 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
-from bloomjax import manifests
+import pytest
+
+from bloomjax import cli, manifests
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "configs" / "tiny.py"
@@ -93,6 +96,14 @@ class Trial:
         all_ended = self.run(self.train(*args), count, devices)
         assert [e.code for e in all_ended] == [0] * count, all_ended
         return all_ended
+
+
+def inside(entry: ModuleType, argv: Sequence[str], capfd: pytest.CaptureFixture[str]) -> Ended:
+    """A command line in this very process, for what ends before it is worth one of its own."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as left:
+        cli.run(entry.main, entry.define, entry.__doc__, argv)
+    return Ended(left.value.code, *capfd.readouterr())  # type: ignore[arg-type]
 
 
 def ended(children: "list[subprocess.Popen[str]]", limit: float = 60) -> list[Ended]:
