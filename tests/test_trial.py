@@ -11,10 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import trial
 from trial import ROOT, Trial, arrays, ended, metrics, refused, saved, steps, until
+
+from bloomjax import cli, train
+from bloomjax.sharding import act, make_mesh, put
+from bloomjax.step import batch_shape, init_state, train_step
 
 STEPS = 80  # of tests/configs/tiny.py
 ENDLESS = ("--config.optim.steps=1000000", "--config.run.checkpoint_every=1000000")
@@ -219,17 +224,58 @@ def test_steps_without_finite_gradients_end_the_run(runs: Trial, tmp_path: Path)
 
 def test_accumulation_and_ramp_up_change_no_loss(runs: Trial, tmp_path: Path) -> None:
     ramp = ("ramp_start=2", "ramp_increment=1", "ramp_samples=10", "steps=8")
-    losses = []
+    counted = """
+from bloomjax import cli, train
+from bloomjax.step import train_step
+try:
+    cli.run(train.main, train.define, train.__doc__)
+finally:
+    print(train_step._cache_size())
+"""
+    losses, batches = [], []
     for accumulation in (1, 2):
         workdir = tmp_path / str(accumulation)
         flags = [f"--config.optim.{flag}" for flag in ramp]
-        runs.done(workdir, f"--config.run.accumulation={accumulation}", *flags)
+        argv = runs.train(workdir, f"--config.run.accumulation={accumulation}", *flags)[1:]
+        (end,) = runs.run(["-c", counted, *argv])
+        assert end.code == 0 and end.out == "1\n", end  # one program for all batch sizes
         records = steps(workdir)
         assert [r["samples"] for r in records] == [2, 4, 6, 9, 12, 16, 20, 24]
         losses.append([r["loss"] for r in records])
-        losses.append([r["batch"] for r in records])
-    np.testing.assert_allclose(losses[0], losses[2], rtol=1e-5)
-    assert losses[1] == losses[3]
+        batches.append([r["batch"] for r in records])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert batches[0] == batches[1]
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(runs: Trial) -> None:
+    config = cli.load_config(cli.parse(runs.train(Path("unused"))[1:], train.define))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = init_state(config)
+        A, B = batch_shape(config, mesh)
+        shape = A, B, config.data.sequence_length
+        tokens = put(
+            np.arange(np.prod(shape)).reshape(shape).astype(np.int32) % 320, act("ABT"), mesh
+        )
+        good = np.ones(shape, np.float32)
+        bad = good.copy()
+        bad[0, 1, 2] = np.inf
+        seen = []
+        for weights in (good, bad, bad, good):
+            batch = {"tokens": tokens, "targets": tokens, "weights": put(weights, act("ABT"), mesh)}
+            state, report = train_step(config, state, batch, np.int32(B))
+            assert report["finite"] == (weights is good)
+            seen.append(jax.device_get(state))
+    same = [jax.tree.map(np.array_equal, seen[0], s) for s in seen]
+    assert all(jax.tree.leaves([same[i].params for i in (1, 2)]))
+    assert all(jax.tree.leaves([same[i].moments for i in (1, 2)]))
+    assert not any(jax.tree.leaves(same[3].params["embed"]))
+    assert [(s.step, s.samples, s.skipped, s.streak) for s in seen] == [
+        (1, B, 0, 0),
+        (2, 2 * B, 1, 1),
+        (3, 3 * B, 2, 2),
+        (4, 4 * B, 2, 0),
+    ]
 
 
 def test_only_results_are_on_standard_output(runs: Trial, unbroken: Path) -> None:

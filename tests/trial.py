@@ -60,7 +60,7 @@ class Trial:
     def start(
         self, command: Sequence[str], count: int = 1, devices: int = 1
     ) -> "list[subprocess.Popen[str]]":
-        """`python -m command` in `count` processes that form one run."""
+        """`python -m command` (or `python -c ...`) in `count` processes that form one run."""
         env = self.environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         if count > 1:
             # Each compiles for itself: a compiler in less of a hurry to please saves half a minute.
@@ -71,7 +71,7 @@ class Trial:
             env["JAX_NUM_PROCESSES"] = str(count)
         return [
             subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [sys.executable, *(["-m"] if command[0] != "-c" else []), *command],
                 env=env | {"JAX_PROCESS_ID": str(i)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
