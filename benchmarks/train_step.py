@@ -6,7 +6,9 @@
 A step is forward, backward, clipping of the global norm and AdamW. Torch: transformers'
 BloomForCausalLM (eager, no checkpointing), cross_entropy of its logits, fused AdamW. Ours:
 `bloomjax.step.train_step`, nothing recomputed. Rounds alternate, each in a process of its own, so
-that a drift of the machine meets both and peak memory is one peer's. In the same process each peer
+that a drift of the machine meets both and peak memory is one peer's. CPU seconds (of all threads,
+the kernel's too) are given beside wall time: they tell more where others use the machine. In the
+same process each peer
 multiplies the matrices of a block and of the head: from these rates follows the least time that
 the step's matrix products take with its library (`bound_s`); MFU counts the products of attention
 in full or only their causal half, against the best rate that either library reached.
@@ -47,15 +49,16 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return ids[:, :-1], ids[:, 1:]
 
 
-def timed(run: Callable[[], Any], times: int) -> list[float]:
-    """Seconds of each call, after one that is not counted. `run` returns when its work is done."""
+def timed(run: Callable[[], Any], times: int) -> tuple[list[float], list[float]]:
+    """Wall and CPU seconds of each call, after one that is not counted. `run` waits for its work."""
     run()
-    seconds = []
+    wall, cpu = [], []
     for _ in range(times):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         run()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - cpu_start)
+    return wall, cpu
 
 
 def gemm_rates(multiply: Callable[[np.ndarray, np.ndarray], Callable[[], Any]]) -> dict[str, float]:
@@ -63,8 +66,23 @@ def gemm_rates(multiply: Callable[[np.ndarray, np.ndarray], Callable[[], Any]]) 
     rates = {}
     for name, (M, K, N) in GEMMS.items():
         run = multiply(np.ones((M, K), np.float32), np.ones((K, N), np.float32))
-        rates[name] = 2e-9 * M * K * N / statistics.median(timed(run, 7))
+        rates[name] = 2e-9 * M * K * N / statistics.median(timed(run, 7)[0])
     return rates
+
+
+def report(
+    seconds: list[float], cpu: list[float], losses: list[float], peak: float, gemm: dict[str, float]
+) -> dict[str, Any]:
+    """What one round of one peer tells."""
+    load = os.getloadavg()[0]
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "losses": losses,
+        "peak_gib": peak,
+        "gemm": gemm,
+        "load": load,
+    }
 
 
 def ours(steps: int) -> dict[str, Any]:
@@ -92,7 +110,7 @@ def ours(steps: int) -> dict[str, Any]:
             state, report = step.train_step(frozen, state, rows, np.int32(BATCH))
             losses.append(float(report["loss"]))
 
-        seconds = timed(run, steps)
+        seconds, cpu = timed(run, steps)
         memory = peak_memory()
         del state
 
@@ -100,7 +118,8 @@ def ours(steps: int) -> dict[str, Any]:
         product, x, y = jax.jit(lambda x, y: x @ y), jax.numpy.asarray(a), jax.numpy.asarray(b)
         return lambda: product(x, y).block_until_ready()
 
-    return {"seconds": seconds, "losses": losses, "peak_gib": memory, "gemm": gemm_rates(multiply)}
+    rates = gemm_rates(multiply)
+    return report(seconds, cpu, losses, memory, rates)
 
 
 def theirs(steps: int) -> dict[str, Any]:
@@ -134,7 +153,7 @@ def theirs(steps: int) -> dict[str, Any]:
         optimizer.step()
         losses.append(loss.item())
 
-    seconds = timed(run, steps)
+    seconds, cpu = timed(run, steps)
     memory = peak_memory()
 
     def multiply(a: np.ndarray, b: np.ndarray) -> Callable[[], Any]:
@@ -143,7 +162,7 @@ def theirs(steps: int) -> dict[str, Any]:
 
     with torch.no_grad():
         rates = gemm_rates(multiply)
-    return {"seconds": seconds, "losses": losses, "peak_gib": memory, "gemm": rates}
+    return report(seconds, cpu, losses, memory, rates)
 
 
 PEERS = {"ours": ours, "torch": theirs}
@@ -161,6 +180,8 @@ def summary(rounds: list[dict[str, Any]], best_rate: float) -> dict[str, Any]:
         "least_s": min(seconds),
         "most_s": max(seconds),
         "seconds": seconds,
+        "median_cpu_s": statistics.median(s for r in rounds for s in r["cpu_seconds"]),
+        "load_average_after_rounds": [r["load"] for r in rounds],
         "tokens_per_second": BATCH * TOKENS / median,
         "gemm_gflops": rates,
         "bound_s": bound,
@@ -201,6 +222,7 @@ def main() -> None:
         "flops": flops(),
         **peers,
         "time_ratio_ours_to_torch": peers["ours"]["median_s"] / peers["torch"]["median_s"],
+        "cpu_ratio_ours_to_torch": peers["ours"]["median_cpu_s"] / peers["torch"]["median_cpu_s"],
         "memory_ratio_ours_to_torch": peers["ours"]["peak_gib"] / peers["torch"]["peak_gib"],
         "load_average_before": load_before,
         "machine": machine("jax", "flax", "optax", "torch", "transformers", "numpy"),
