@@ -10,6 +10,7 @@ The least time (`bound_s`) is that of three products of the head at the rate mea
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -45,9 +46,12 @@ def measure(way: str, tokens: int, times: int) -> dict[str, Any]:
         ("BT", np.ones((1, tokens), np.float32)),
     )
     mesh = make_mesh(freeze(base_config()).mesh, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        layout = {"VD": weight("VD")} if way == "fused" else {}
-        batch = [put(a, layout.get(axes, act(axes)), mesh) for axes, a in host]
+    with jax.set_mesh(mesh) if way == "fused" else contextlib.nullcontext():
+        if way == "fused":
+            specs = {"VD": weight("VD")}
+            batch = [put(a, specs.get(axes, act(axes)), mesh) for axes, a in host]
+        else:
+            batch = [jnp.asarray(a) for _, a in host]
         del host
         loss = cross_entropy if way == "fused" else plain
         compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*batch).compile()

@@ -50,7 +50,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 
 def timed(run: Callable[[], Any], times: int) -> tuple[list[float], list[float]]:
-    """Wall and CPU seconds of each call, after one that is not counted. `run` waits for its work."""
+    """Wall and CPU seconds of each call, after one not counted. `run` waits for its work."""
     run()
     wall, cpu = [], []
     for _ in range(times):
