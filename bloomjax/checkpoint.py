@@ -3,7 +3,7 @@
 `FOLDER/STEP/` holds one zarr3 folder a leaf (so a broken file names its tensor, and a sub-tree is
 read alone) and `manifest.json`: the leaves' dtypes and shapes, the caller's `meta`, and length and
 sha256 of every other file. The one invariant: a folder with a plain integer name was once complete,
-hashed and synced. Everything before that is `STEP.saving`, everything on its way out
+hashed and synced to disk. Everything before that is `STEP.saving`, everything on its way out
 `STEP.deleting` (both removed when the next run starts), and what no longer matches its manifest is
 set aside as `STEP.corrupt`. The folder must be seen by all processes and rename atomically (POSIX).
 """
@@ -37,6 +37,9 @@ log = logging.getLogger("bloomjax")
 # the user as our one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
+# A file is a shard or a part of it, and is read whole: this bounds what a process reads (and holds
+# for a moment) beside its own when the mesh has changed. At 512 chips a shard of 176B is smaller.
+_FILE_BYTES = 2**28
 _BARRIER_SECONDS = 1200  # for the slowest process to write and hash its share; as Orbax's own
 _ALTERED = ("", "is missing", "cannot be read", "has another length", "has other bytes")
 
@@ -86,6 +89,10 @@ class Checkpoints:
                     f"{self.folder} is in use by {holder or 'another run'}: expected one run a "
                     "folder; stop that one or choose another workdir"
                 ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                    raise
+                log.warning("%s: no file locks here, so a second run would go unseen", self.folder)
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             self._lock = lock
@@ -127,8 +134,9 @@ class Checkpoints:
             raise ValueError(f"step {step} is already in {self.folder}")
         manifest = {"step": step, "meta": json.loads(json.dumps(meta)), "leaves": _leaves(state)}
         path, begun = self.folder / f"{step}.saving", time.monotonic()
+        cut = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_FILE_BYTES), state)
         try:
-            self._orbax.save(path, args=ocp.args.PyTreeSave(state))
+            self._orbax.save(path, args=ocp.args.PyTreeSave(state, save_args=cut))
         except (OSError, jax.errors.JaxRuntimeError) as error:
             raise self._failed(step, error) from error
         self._pending = self._pool.submit(self._finish, path, manifest, begun, next(_saves))
@@ -215,11 +223,11 @@ def restore(folder: Path, like: Like) -> Restored | None:
 
     `like` is a tree of jax.ShapeDtypeStruct with shardings, or a function from the step's `meta` to
     one. Its top-level keys say what is read and verified ("params" alone for generation); below
-    them it must have exactly the stored leaves. Each process reads only its shards. A step that
-    does not match its manifest is named in a warning and the one before is taken. Only reads, so it
-    may look into the folder of a running training. All processes call it together. Raises
-    InputError when a leaf differs from what is stored (nothing is ever cast), when no step is
-    whole, or when a newer bloomjax wrote it.
+    them it must have exactly the stored leaves. A process reads only the files that its shards
+    touch, and verifies only its share of them all. A step that does not match its manifest is named
+    in a warning and the one before is taken. Only reads, so it may look into the folder of a
+    running training. All processes call it together. Raises InputError when a leaf differs from
+    what is stored (nothing is ever cast), when no step is whole, or when a newer bloomjax wrote it.
     """
     return _restore(folder.absolute(), like)[0]
 
@@ -227,7 +235,7 @@ def restore(folder: Path, like: Like) -> Restored | None:
 def newest_meta(folder: Path) -> tuple[int, dict[str, Any]] | None:
     """Step and `meta` of the newest step with a sound manifest (its arrays are not looked at)."""
     for step in reversed(_steps(folder)):
-        manifest, fault = manifests.read(folder / str(step))
+        manifest, fault = _manifest(folder, step)
         if not fault:
             return step, manifest["meta"]
     return None
@@ -254,7 +262,7 @@ def _restore(folder: Path, like: Like) -> tuple[Restored | None, list[int]]:
         if step is None:
             break
         path = folder / str(step)
-        manifest, fault = _on_first(partial(manifests.read, path))
+        manifest, fault = _on_first(partial(_manifest, folder, step))
         if not fault:
             target = like(manifest["meta"]) if callable(like) else like
             _check_leaves(path, manifest["leaves"], target)
@@ -300,6 +308,13 @@ def _steps(folder: Path) -> list[int]:
     """By number: clocks and copies change times."""
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+
+def _manifest(folder: Path, step: int) -> tuple[dict[str, Any], str]:
+    manifest, fault = manifests.read(folder / str(step))
+    if not fault and manifest["step"] != step:
+        fault = f"{manifests.NAME} is that of step {manifest['step']}"
+    return manifest, fault
 
 
 def _set_aside(paths: list[Path]) -> None:

@@ -47,8 +47,10 @@ def run(
 ) -> NoReturn:
     """Parse, run, and leave with the exit code that the README lists."""
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("bloomjax").setLevel(logging.INFO)
+    log = logging.getLogger("bloomjax")
+    log.setLevel(logging.INFO)
+    log.propagate = False  # past absl's handler, which adds a prefix
+    log.addHandler(logging.StreamHandler(sys.stderr))
     try:
         main(parse(argv, define, doc or ""))
     except UserError as error:

@@ -62,7 +62,6 @@ class ModelConfig:
         D, V, L = self.width, self.vocab_size, self.layers
         return V * D + 4 * D + L * (12 * D * D + 13 * D)
 
-
     def flops_per_token(self, sequence_length: int, causal: bool) -> float:
         """FLOPs of training on one token, forward and backward, without recomputation.
 

@@ -41,16 +41,20 @@ def sizes(path: Path) -> dict[str, int]:
     }
 
 
-def entry(file: Path) -> list[Any]:
+def entry(file: Path, sync: bool = False) -> list[Any]:
+    """[length, sha256]. Raises OSError."""
     with file.open("rb") as f:
+        if sync:
+            os.fsync(f.fileno())
         digest = hashlib.file_digest(f, "sha256").hexdigest()
         return [f.tell(), digest]
 
 
 def entries(path: Path, names: Iterable[str]) -> dict[str, list[Any]]:
-    """name: [length, sha256], as the manifest has them."""
+    """What a manifest says of these files, which are then on disk: Orbax syncs only its arrays."""
     names = list(names)
-    return dict(zip(names, in_threads(lambda name: entry(path / name), names), strict=True))
+    found = in_threads(lambda name: entry(path / name, sync=True), names)
+    return dict(zip(names, found, strict=True))
 
 
 def in_threads(work: Callable[[str], T], names: list[str]) -> list[T]:

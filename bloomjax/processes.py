@@ -64,9 +64,9 @@ def on_first(action: Callable[[], T]) -> T:
 class Stop:
     """Whether SIGTERM or Ctrl-C asked to stop, agreed on by all processes; a second one kills.
 
-        with Stop() as stop:
-            for step in ...:
-                if stop.now(step): save and leave
+    with Stop() as stop:
+        for step in ...:
+            if stop.now(step): save and leave
     """
 
     def __enter__(self) -> "Stop":

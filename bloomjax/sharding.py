@@ -99,11 +99,11 @@ def put(array: np.ndarray, spec: P, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def rows_of_this_process(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> np.ndarray:
+def rows_of_this_process(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> list[int]:
     """Sorted indices along `dim` of a global array that this process's devices hold."""
     indices = sharding.addressable_devices_indices_map(shape).values()
     slices = (index[dim] for index in indices if index is not None)
-    return np.unique(np.concatenate([np.arange(*s.indices(shape[dim])) for s in slices]))
+    return sorted({row for s in slices for row in range(*s.indices(shape[dim]))})
 
 
 # Inside shard_map: a letter's dimension is split, and each device holds one piece of it.

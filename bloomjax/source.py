@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from bloomjax import checkpoint, model
+from bloomjax import model
+from bloomjax.checkpoint import restore
 from bloomjax.config import MeshConfig, ModelConfig, freeze
 from bloomjax.data.tokenizer import Tokenizer, load_tokenizer
 from bloomjax.decode.engine import GREEDY, Engine, Fresh
@@ -73,7 +74,7 @@ def load(source: str | Path, mesh: Mesh | None = None, dtype: str = "auto") -> M
     config = dataclasses.replace(saved, dtype=dtype)
     mesh = mesh or _tensor_mesh(config)
     like = {"params": model.abstract_params(config, mesh)}
-    restored = checkpoint.restore(path / "checkpoints", like)
+    restored = restore(path / "checkpoints", like)
     if restored is None:
         raise InputError(f"{path}/checkpoints: expected a checkpoint, found none: train first")
     files = [path / "tokenizer.json", path / "tokenizer.model"]

@@ -114,7 +114,7 @@ def train_step(
         start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
         loss, gradients = jax.lax.fori_loop(0, (count + B - 1) // B, add, start)
 
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     rate = optim.learning_rate(config.optim, state.samples)
     factor = optim.clip_factor(config.optim, norm)

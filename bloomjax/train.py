@@ -27,6 +27,7 @@ from bloomjax.checkpoint import Checkpoints
 from bloomjax.config import Config, freeze, resume_differences
 from bloomjax.data.pipeline import heldout_batches, train_batches
 from bloomjax.data.prepare import Prepared, open_prepared, prepare
+from bloomjax.data.tokenizer import load_tokenizer
 from bloomjax.errors import ConfigError, InputError, NonFiniteError
 from bloomjax.metrics import Metrics, duration, peak_flops
 from bloomjax.model import Params
@@ -61,10 +62,10 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
     # ---- the folder, its data ---------------------------------------------------------------
     checkpoints = Checkpoints(workdir / "checkpoints", run.keep_checkpoints)
     prepared = prepare_run(config, workdir)
-    meta = {
+    meta: dict[str, Any] = {
         "config": config.to_dict(),
         "data": prepared.train.sha256,
-        "tokenizer": prepared.tokenizer_fingerprint,
+        "tokenizer": load_tokenizer(prepared.tokenizer).fingerprint if prepared.tokenizer else "",
     }
 
     # ---- the state: restored, or fresh ------------------------------------------------------
@@ -74,7 +75,7 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
             if restored.meta[what] != meta[what]:
                 raise InputError(
                     f"{workdir}: expected the {what} of step {restored.step} "
-                    f"({restored.meta[what][:12]}), found {meta[what][:12]}: bring it back, or "
+                    f"({restored.meta[what]:.12}), found {meta[what]:.12}: bring it back, or "
                     "choose another workdir"
                 )
         state = TrainState.from_tree(restored.state)
@@ -107,7 +108,7 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
 
     # ---- the loop ---------------------------------------------------------------------------
     reporter = Reporter(config, metrics, first)
-    with processes.Stop() as stop, closing(checkpoints), closing(metrics):
+    with processes.Stop() as stop, closing(checkpoints), closing(metrics), closing(batches):
         for done, batch in enumerate(batches, first + 1):
             if done == run.profile_step:
                 jax.profiler.start_trace(str(workdir / "profile"))
@@ -121,18 +122,20 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
 
             stopping = stop.now(done)
             save = done % run.checkpoint_every == 0 or done == steps or stopping
-            evaluate = run.eval_every and done % run.eval_every == 0 or done == steps
+            evaluate = (run.eval_every and done % run.eval_every == 0) or done == steps
             if save or evaluate or done == run.profile_step:
                 reporter.flush()
             if done == run.profile_step:
                 jax.profiler.stop_trace()
             if evaluate and not stopping and evaluation:
-                metrics.write({"step": done} | evaluation(state.params))
-                metrics.say(evaluation.line)
+                record = evaluation(state.params)
+                metrics.write({"step": done} | record)
+                metrics.say("held out:" + "".join(f"  {k} {v:.4f}" for k, v in record.items()))
             if save:
                 checkpoints.save(done, state.as_tree(), meta | {"samples": int(state.samples)})
                 saved = done
-            reporter.resume_clock()
+            if not reporter.waiting:
+                reporter.restart_clock()
             if stopping:
                 break
     if saved < steps:
@@ -159,8 +162,8 @@ def prepare_run(config: Config, workdir: Path) -> Prepared:
                     "workdir"
                 )
         # What a run has begun with stays: sources may change under it, its tokens do not.
-        begun = checkpoint.newest_meta(workdir / "checkpoints") and (data / PREPARED).exists()
-        prepared = open_prepared(data) if begun else prepare(config.data, tokens, data)
+        begun = checkpoint.newest_meta(workdir / "checkpoints")
+        prepared = (begun and whole(data)) or prepare(config.data, tokens, data)
         if prepared.tokenizer:  # beside the checkpoints, so that they are of use without the data
             shutil.copy(prepared.tokenizer, workdir / prepared.tokenizer.name)
         fresh = path.with_suffix(".tmp")
@@ -169,6 +172,14 @@ def prepare_run(config: Config, workdir: Path) -> Prepared:
 
     processes.on_first(claim)
     return open_prepared(data)
+
+
+def whole(folder: Path) -> Prepared | None:
+    """What `prepare` left in `folder`, if it is all there."""
+    try:
+        return open_prepared(folder)
+    except InputError:
+        return None
 
 
 class Evaluation:
@@ -182,26 +193,24 @@ class Evaluation:
         self._shape = (rows, T)
         self._layout = NamedSharding(mesh, sharding.act("BT"))
         mine = sharding.rows_of_this_process(self._layout, self._shape, dim=0)
-        self._batches = heldout_batches(
-            prepared, sequence_length=T, rows_per_batch=rows, rows=mine
-        )
+        self._batches = heldout_batches(prepared, sequence_length=T, rows_per_batch=rows, rows=mine)
 
     def __bool__(self) -> bool:
         return self._split is not None
 
     def __call__(self, params: Params) -> dict[str, float]:
         assert self._split
-        nats = []
+        nats = 0.0
         for local in self._batches:
             batch = {
                 name: jax.make_array_from_process_local_data(self._layout, a, self._shape)
                 for name, a in local.items()
             }
-            nats.append(eval_step(self._config, params, batch))
-        total = math.fsum(map(float, nats))
-        record = {"eval_loss": total / self._split.tokens}
+            # Waiting for each keeps collectives of several in one order: CPU has no stream.
+            nats += float(eval_step(self._config, params, batch))
+        record = {"eval_loss": nats / self._split.tokens}
         if self._split.bytes:
-            record["eval_bits_per_byte"] = total / math.log(2) / self._split.bytes
+            record["eval_bits_per_byte"] = nats / math.log(2) / self._split.bytes
         return record
 
 
@@ -210,7 +219,7 @@ class Reporter:
 
     def __init__(self, config: Config, metrics: Metrics, first: int):
         self._config, self._metrics, self._first = config, metrics, first
-        self._waiting: tuple[int, dict[str, jax.Array]] | None = None
+        self.waiting: tuple[int, dict[str, jax.Array]] | None = None
         self._peak = peak_flops()
         self._tokens, self._steps, self._seconds = 0, 0, 0.0
         self._clock = time.perf_counter()
@@ -221,13 +230,13 @@ class Reporter:
         Raises NonFiniteError when too many in a row had no finite gradient.
         """
         self.flush()
-        self._waiting = done, report
+        self.waiting = done, report
 
     def flush(self) -> None:
         """Wait for the step that is running, and record it."""
-        if not self._waiting:
+        if not self.waiting:
             return
-        (done, report), self._waiting = self._waiting, None
+        (done, report), self.waiting = self.waiting, None
         values = {name: value.item() for name, value in jax.device_get(report).items()}
         now = time.perf_counter()
         self._seconds, self._clock = self._seconds + now - self._clock, now
@@ -278,10 +287,9 @@ class Reporter:
         )
         self._tokens, self._steps, self._seconds = 0, 0, 0.0
 
-    def resume_clock(self) -> None:
+    def restart_clock(self) -> None:
         """Evaluation and saving are no part of a step."""
-        if not self._waiting or self._steps == 0:
-            self._clock = time.perf_counter()
+        self._clock = time.perf_counter()
 
 
 def describe(config: Config, mesh: Mesh, prepared: Prepared, state: TrainState) -> str:

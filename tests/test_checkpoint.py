@@ -188,16 +188,19 @@ while True:
 
 
 def survive(folder: Path, mesh: Mesh, trials: int, seed: int) -> None:
-    rng, announced, steps = random.Random(seed), 0, set()
+    rng, announced = random.Random(seed), 0
     for _ in range(trials):
         child = processes.start(KILLED, folder, devices=4)
         try:
             assert child.stdout is not None
             assert child.stdout.readline() == f"start {announced}\n", child.communicate()[1]
-            time.sleep(rng.random() * 0.8)
+            lines = []
+            for _ in range(rng.choice((1, 3, 5))):  # saving, announced, saving, ...
+                lines.append(child.stdout.readline())
+            time.sleep(rng.random() * 0.1)
         finally:
             child.kill()
-        lines = child.communicate()[0].splitlines()
+        lines += child.communicate()[0].splitlines()
         said = [int(line.split()[1]) for line in lines if line.startswith("announced")]
         announced = max([announced, *said])
         found = restore(folder, shapes(mesh, 4096))
@@ -208,8 +211,6 @@ def survive(folder: Path, mesh: Mesh, trials: int, seed: int) -> None:
             assert found.meta == {"samples": at}
             exact(found.state, at, 4096)
         announced = at
-        steps.add(at)
-    assert len(steps) > trials // 3  # the kills fell into saves, not into the start
     Checkpoints(folder, 1).close()
     assert sorted(p.name for p in folder.iterdir()) == sorted([str(announced), "lock"])
 
@@ -272,6 +273,35 @@ def test_two_processes_then_one_then_four(tmp_path: Path) -> None:
     # All took the same decision, and all refuse the same thing in the same words.
     assert len(set(refusals)) == 1 and refusals[0].startswith("InputError"), refusals
     assert sorted(p.name for p in folder.iterdir()) == ["10.corrupt", "9", "lock"]
+
+
+READ_HALF = (
+    CHILD
+    + """
+from test_checkpoint import read_bytes
+from bloomjax.checkpoint import restore
+target = shapes(make_mesh(MeshConfig(1, 2, 1)), 4096)
+restore(Path(sys.argv[1]), target)  # the first call also reads Python modules
+before = read_bytes()
+found = restore(Path(sys.argv[1]), target)
+print(read_bytes() - before)
+exact(found.state, 1, 4096)
+"""
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes through /proc")
+def test_a_process_reads_and_verifies_only_its_share(
+    opened: Callable[..., Checkpoints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bloomjax.checkpoint._FILE_BYTES", 2**18)
+    checkpoints = opened()
+    one = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    checkpoints.save(1, state(1, one, 4096), {})
+    checkpoints.close()
+    size = 2 * 4 * 16 * 8 * 4096
+    for read in processes.launch(2, READ_HALF, checkpoints.folder):
+        assert 0.9 < int(read) / size < 1.1  # half of it to verify, half of it to load
 
 
 @pytest.mark.parametrize(
@@ -478,6 +508,12 @@ def test_a_sealed_folder_is_a_checkpoint(tmp_path: Path, mesh: Mesh) -> None:
 
 def test_plain_orbax_reads_our_steps(two: Path, mesh: Mesh) -> None:
     exact(ocp.StandardCheckpointer().restore(two / "10", shapes(mesh)), 10)
+
+
+def test_a_step_under_another_number_does_not_count(two: Path, mesh: Mesh) -> None:
+    (two / "10").rename(two / "20")
+    found = restore(two, shapes(mesh))
+    assert found is not None and found.step == 9
 
 
 def test_a_newer_manifest_names_its_version(

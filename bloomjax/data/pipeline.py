@@ -8,7 +8,7 @@ is row i mod n of epoch i div n, in an order that Grain's index shuffle computes
 the epoch alone. So neither hosts nor workers nor a resume can change it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import grain
 import numpy as np
@@ -97,14 +97,14 @@ def train_batches(
     first_step: int,
     steps: int,
     workers: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of the steps first_step, ..., steps - 1: what this process holds of each.
 
     `samples_of(step)` gives the first sample of the step and their count, at most A * R for
     `shape` = (A, R); sample j of the step stands at (microbatch, row) = divmod(j, R). `rows` are
     the indices along R that this process holds. Places beyond the count have weight 0.
     tokens, targets: int32 [A, r, T]; weights: float32 [A, r, T]. `workers` processes prepare them
-    (0: threads of this one); `samples_of` must then be picklable.
+    (0: threads of this one); `samples_of` must then be picklable. `close()` ends them early.
     """
     source = _Steps(
         Rows(Indexed(prepared.train.prefix), sequence_length, seed),
@@ -122,7 +122,13 @@ def train_batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, parsed or not by a main
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(batches)
+    return _own(batches)
+
+
+def _own(batches: grain.IterDataset[Batch]) -> Generator[Batch, None, None]:
+    """Copies, since Grain's arrays lie in shared memory that must be gone before Python is."""
+    for batch in batches:
+        yield {name: np.array(array, order="C") for name, array in batch.items()}
 
 
 class HeldoutBatches(Sequence[Batch]):

@@ -181,7 +181,7 @@ def _fingerprint(
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
-def _held_out(name: str, every: int) -> bool:
+def is_held_out(name: str, every: int) -> bool:
     """By a hash of the name, so that it depends on nothing else."""
     if not every:
         return False
@@ -193,7 +193,7 @@ def _texts(corpus: Corpus, every: int) -> Iterator[str]:
     progress = Progress("training a tokenizer", corpus.bytes)
     for part in corpus:
         progress.update(corpus.read)
-        if not _held_out(part.name, every):
+        if not is_held_out(part.name, every):
             yield part.text
     progress.done(f"read {corpus.bytes / 1e6:,.1f} MB")
 
@@ -212,7 +212,7 @@ def _tokenise(
         for batch in _batches(corpus):
             encoded = tokenizer.encode_batch([part.text for part in batch], special=False)
             for part, ids in zip(batch, encoded, strict=True):
-                split = names[_held_out(part.name, every)]
+                split = names[is_held_out(part.name, every)]
                 bytes_of[split] += len(part.text.encode())
                 writers[split].write(ids)
                 if part.last:

@@ -119,7 +119,7 @@ def _prefill(
     attention = CachedAttention(config, empty_cache(config, B, S), T)
     x_BTD = bloom.decode(tokens_BT, attention.layer)
     # only the last real position of each row needs the head
-    last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], 1)
+    last_B1D = jax.vmap(lambda x_TD, i: x_TD[i])(x_BTD, lengths_B - 1)[:, None]
     return *_next(bloom, last_B1D, sampling, seeds_B, lengths_B), attention.advance(lengths_B)
 
 
@@ -158,5 +158,5 @@ def _next(
 ) -> tuple[jax.Array, jax.Array]:
     logits_BV = jax.reshard(bloom.logits(x_B1D)[:, 0], act("B3"))  # the vocabulary in one piece
     next_B = choose(logits_BV, sampling, seeds_B, positions_B)
-    chosen_B = jnp.take_along_axis(logits_BV, next_B[:, None], 1)[:, 0]
+    chosen_B = jax.vmap(lambda logits_V, i: logits_V[i])(logits_BV, next_B)
     return next_B, chosen_B - jax.nn.logsumexp(logits_BV, -1)
