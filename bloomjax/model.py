@@ -50,6 +50,26 @@ def use(parameter: nnx.Param, dtype: Any) -> jax.Array:
     return jax.reshard(value.astype(dtype), act(parameter.axes[-value.ndim :]))
 
 
+def product(x: jax.Array, parameter: nnx.Param) -> jax.Array:
+    """x [B, T, ...] times a weight, contracted over the weight's first axes -> [B, T, its others].
+
+    As a product of two matrices: over several axes at once, XLA:CPU transposes weights and
+    gradients in every layer. Heads lead what they are merged with, so their split stays whole.
+    """
+    w = use(parameter, x.dtype)
+    axes = parameter.axes[-w.ndim :]
+    contracted = x.ndim - 2
+    i, j = axes[0], axes[contracted]
+    x = x.reshape(*x.shape[:2], -1, out_sharding=act("BT" + i))
+    matrix = w.reshape(x.shape[-1], -1, out_sharding=act(i + j))
+    y = jnp.einsum(
+        "BTi,ij->BTj", x, matrix, preferred_element_type=x.dtype, out_sharding=act("BT" + j)
+    )
+    return y.reshape(
+        *x.shape[:2], *w.shape[contracted:], out_sharding=act("BT" + axes[contracted:])
+    )
+
+
 def layer_norm(x_BTD: jax.Array, w_D: nnx.Param, b_D: nnx.Param, epsilon: float) -> jax.Array:
     """Statistics, scale and shift in float32; the result in x's dtype."""
     x = x_BTD.astype(jnp.float32)
@@ -151,7 +171,7 @@ class Block(nnx.Module):
             return param(config, rngs, stack + axes, mean, std)
 
         self.ln1_w, self.ln1_b = declare("D", mean=1.0), declare("D")
-        self.qkv_w, self.qkv_b = declare("D3NH", std=std), declare("3NH")
+        self.qkv_w, self.qkv_b = declare("DN3H", std=std), declare("N3H")
         self.out_w, self.out_b = declare("NHD", std=std_out), declare("D")
         self.ln2_w, self.ln2_b = declare("D", mean=1.0), declare("D")
         self.up_w, self.up_b = declare("DF", std=std), declare("F")
@@ -164,26 +184,22 @@ class Block(nnx.Module):
         causal over the same T, or over a cache. `key` turns dropout on."""
         config, dtype = self.config, x_BTD.dtype
         keys = (None, None) if key is None else jax.random.split(key)
-        product = functools.partial(jnp.einsum, preferred_element_type=dtype)
 
         h_BTD = layer_norm(x_BTD, self.ln1_w, self.ln1_b, config.layer_norm_epsilon)
         residual = h_BTD if config.apply_residual_connection_post_layernorm else x_BTD
-        qkv = product("BTD,DCNH->BTCNH", h_BTD, use(self.qkv_w, dtype), out_sharding=act("BT3NH"))
-        q_b, k_b, v_b = use(self.qkv_b, dtype)
+        qkv_BTN3H = product(h_BTD, self.qkv_w)
+        q_NH, k_NH, v_NH = jnp.moveaxis(use(self.qkv_b, dtype), 1, 0)
         # The softmax cancels what the key bias adds (the same to every key of a query), so its
         # gradient is zero; computed, it is rounding noise that Adam turns into full-size steps.
-        q, k, v = qkv[:, :, 0] + q_b, qkv[:, :, 1] + jax.lax.stop_gradient(k_b), qkv[:, :, 2] + v_b
-        a_BTNH = attention(q, k, v)
-        a_BTD = product("BTNH,NHD->BTD", a_BTNH, use(self.out_w, dtype), out_sharding=act("BTD"))
-        a_BTD += use(self.out_b, dtype)
+        biases = q_NH, jax.lax.stop_gradient(k_NH), v_NH
+        a_BTNH = attention(*(qkv_BTN3H[..., i, :] + b_NH for i, b_NH in enumerate(biases)))
+        a_BTD = product(a_BTNH, self.out_w) + use(self.out_b, dtype)
         x_BTD = residual + dropout(a_BTD, config.hidden_dropout, keys[0], "BTD")
 
         h_BTD = layer_norm(x_BTD, self.ln2_w, self.ln2_b, config.layer_norm_epsilon)
         residual = h_BTD if config.apply_residual_connection_post_layernorm else x_BTD
-        h_BTF = product("BTD,DF->BTF", h_BTD, use(self.up_w, dtype), out_sharding=act("BTF"))
-        h_BTF = gelu(h_BTF + use(self.up_b, dtype))
-        h_BTD = product("BTF,FD->BTD", h_BTF, use(self.down_w, dtype), out_sharding=act("BTD"))
-        h_BTD += use(self.down_b, dtype)
+        h_BTF = product(h_BTD, self.up_w) + use(self.up_b, dtype)
+        h_BTD = product(gelu(h_BTF), self.down_w) + use(self.down_b, dtype)
         return residual + dropout(h_BTD, config.hidden_dropout, keys[1], "BTD")
 
 

@@ -27,22 +27,20 @@ def _same(a: Any, n: dict[str, int]) -> Any:
     return a
 
 
-def _transpose(a: Any, n: dict[str, int]) -> Any:
-    return a.T
-
-
-# Torch's linear layers are [out, in]; the fused QKV's out is [heads, 3, head dim].
+# Torch's linear layers are [out, in]; features of the fused QKV are [heads, 3, head dim], and what
+# attention puts out is [heads, head dim].
+_LINEAR = (lambda a, n: a.T, lambda a, n: a.T)
 _QKV = (
-    lambda a, n: a.reshape(n["N"], 3, n["H"], n["D"]).transpose(3, 1, 0, 2),
-    lambda a, n: a.transpose(2, 1, 3, 0).reshape(3 * n["D"], n["D"]),
+    lambda a, n: a.T.reshape(n["D"], n["N"], 3, n["H"]),
+    lambda a, n: a.reshape(n["D"], 3 * n["D"]).T,
 )
 _QKV_BIAS = (
-    lambda a, n: a.reshape(n["N"], 3, n["H"]).transpose(1, 0, 2),
-    lambda a, n: a.transpose(1, 0, 2).reshape(3 * n["D"]),
+    lambda a, n: a.reshape(n["N"], 3, n["H"]),
+    lambda a, n: a.reshape(3 * n["D"]),
 )
 _OUT = (
-    lambda a, n: a.reshape(n["D"], n["N"], n["H"]).transpose(1, 2, 0),
-    lambda a, n: a.transpose(2, 0, 1).reshape(n["D"], n["D"]),
+    lambda a, n: a.T.reshape(n["N"], n["H"], n["D"]),
+    lambda a, n: a.reshape(n["D"], n["D"]).T,
 )
 
 TABLE = (
@@ -57,9 +55,9 @@ TABLE = (
     Row("blocks.out_b", "h.{}.self_attention.dense.bias", _same, _same),
     Row("blocks.ln2_w", "h.{}.post_attention_layernorm.weight", _same, _same),
     Row("blocks.ln2_b", "h.{}.post_attention_layernorm.bias", _same, _same),
-    Row("blocks.up_w", "h.{}.mlp.dense_h_to_4h.weight", _transpose, _transpose),
+    Row("blocks.up_w", "h.{}.mlp.dense_h_to_4h.weight", *_LINEAR),
     Row("blocks.up_b", "h.{}.mlp.dense_h_to_4h.bias", _same, _same),
-    Row("blocks.down_w", "h.{}.mlp.dense_4h_to_h.weight", _transpose, _transpose),
+    Row("blocks.down_w", "h.{}.mlp.dense_4h_to_h.weight", *_LINEAR),
     Row("blocks.down_b", "h.{}.mlp.dense_4h_to_h.bias", _same, _same),
     Row("ln_w", "ln_f.weight", _same, _same),
     Row("ln_b", "ln_f.bias", _same, _same),
