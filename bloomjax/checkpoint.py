@@ -29,8 +29,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from bloomjax import errors, manifests
+from bloomjax import manifests
 from bloomjax.errors import ConfigError, DoesNotFitError, InputError, PeerLostError, UserError
+from bloomjax.processes import on_first
 
 log = logging.getLogger("bloomjax")
 # Orbax reports each phase, and each failure with its traceback, through absl. The failures reach
@@ -71,7 +72,7 @@ class Checkpoints:
         self.folder, self.keep = folder.absolute(), keep
         self._lock: int | None = None
         self._pending: Future[None] | None = None
-        _on_first(self._open)  # by process 0 for all
+        on_first(self._open)  # by process 0 for all
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._orbax = ocp.AsyncCheckpointer(_handler())
 
@@ -119,7 +120,7 @@ class Checkpoints:
                     "run.keep_checkpoints"
                 )
 
-        _on_first(check)
+        on_first(check)
 
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> None:
         """Starts to write `state` (nested dict of jax.Array) and `meta` (JSON) as `step`.
@@ -130,7 +131,7 @@ class Checkpoints:
         """
         self.wait()
         self.check_room(state)
-        if _on_first(lambda: step in _steps(self.folder)):
+        if on_first(lambda: step in _steps(self.folder)):
             raise ValueError(f"step {step} is already in {self.folder}")
         manifest = {"step": step, "meta": json.loads(json.dumps(meta)), "leaves": _leaves(state)}
         path, begun = self.folder / f"{step}.saving", time.monotonic()
@@ -193,7 +194,7 @@ class Checkpoints:
         self.wait()
         found, broken = _restore(self.folder, like)
         if found:
-            _on_first(lambda: _set_aside([self.folder / str(step) for step in broken]))
+            on_first(lambda: _set_aside([self.folder / str(step) for step in broken]))
         return found
 
     def wait(self) -> None:
@@ -258,11 +259,11 @@ def _restore(folder: Path, like: Like) -> tuple[Restored | None, list[int]]:
     broken: dict[int, str] = {}
     while True:
         # Listed anew each time: a running training may have replaced a step under a reader.
-        step = _on_first(lambda: max(set(_steps(folder)) - set(broken), default=None))
+        step = on_first(lambda: max(set(_steps(folder)) - set(broken), default=None))
         if step is None:
             break
         path = folder / str(step)
-        manifest, fault = _on_first(partial(_manifest, folder, step))
+        manifest, fault = on_first(partial(_manifest, folder, step))
         if not fault:
             target = like(manifest["meta"]) if callable(like) else like
             _check_leaves(path, manifest["leaves"], target)
@@ -277,7 +278,7 @@ def _restore(folder: Path, like: Like) -> tuple[Restored | None, list[int]]:
                 path,
                 fault,
             )
-    lost = list(broken.values()) or _on_first(
+    lost = list(broken.values()) or on_first(
         lambda: sorted(path.name for path in folder.glob("*.corrupt*"))
     )
     if lost:
@@ -394,23 +395,3 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def _on_first(action: Callable[[], T]) -> T:
-    """What `action` gives on process 0 (JSON), on every process; its UserError is raised on all."""
-    if jax.process_count() == 1:
-        return action()
-    answer: dict[str, Any] = {}
-    if jax.process_index() == 0:
-        try:
-            answer["value"] = action()
-        except UserError as error:
-            answer["error"] = [type(error).__name__, str(error)]
-    data = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    data = np.resize(data, size)
-    answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))))
-    if "error" in answer:
-        name, text = answer["error"]
-        raise getattr(errors, name)(text)
-    return answer["value"]
