@@ -12,11 +12,11 @@ import json
 import sys
 from pathlib import Path
 
+import facts
+
 from bloomjax.config import freeze
 from bloomjax.data.corpus import Corpus
 from bloomjax.data.prepare import is_held_out
-
-import facts
 
 
 def main(workdir: Path, picture: Path | None) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -46,7 +46,6 @@ _ALTERED = ("", "is missing", "cannot be read", "has another length", "has other
 
 PyTree = Any  # nested dictionaries with string keys
 Like = PyTree | Callable[[dict[str, Any]], PyTree]
-T = TypeVar("T")
 _saves = itertools.count()  # the same on all processes: a barrier's name must be new
 
 

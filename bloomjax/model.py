@@ -130,6 +130,15 @@ def _lookup_backward(dtype: Any, kept: Any, g_BTD: jax.Array) -> Any:
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+# What the backward pass finds kept, by `run.remat`. Weights as `use` gives them are never kept: a
+# layer's copy of each would be, cast and gathered.
+KEPT = {
+    "none": lambda operation, *_, **__: operation.name not in ("reshard", "convert_element_type"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 class Block(nnx.Module):
     """One layer; with `stack="L"` all of them, each parameter stacked along a leading axis."""
 
@@ -232,10 +241,7 @@ class Bloom(nnx.Module):
             block = nnx.merge(stack_graph, params)
             return block(x_BTD, attention, key_block), None
 
-        if remat != "none":
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            policy = keep if remat == "dots" else jax.checkpoint_policies.nothing_saveable
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        layer = jax.checkpoint(layer, policy=KEPT[remat], prevent_cse=False)
         keys = None
         x_BTD = self.embed_tokens(tokens_BT)
         if key is not None:

@@ -125,14 +125,23 @@ def offset_of(letter: str, size: int) -> jax.Array:
     return jax.lax.axis_index(_activation_axes(letter)) * size
 
 
+def _real(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of size above 1. Over the others XLA still copies, and a scatter even transposes: the
+    gradient of the embedding was written four times more than needed."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in axes if shape[axis] > 1)
+
+
 def sum_over(letter: str, x: jax.Array) -> jax.Array:
     """Sum of `x` over the devices that split `letter` of activations."""
-    return jax.lax.psum(x, _activation_axes(letter))
+    axes = _real(_activation_axes(letter))
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def max_over(letter: str, x: jax.Array) -> jax.Array:
     """Maximum of `x` over the devices that split `letter` of activations."""
-    return jax.lax.pmax(x, _activation_axes(letter))
+    axes = _real(_activation_axes(letter))
+    return jax.lax.pmax(x, axes) if axes else x
 
 
 def reduce_gradient(gradient: jax.Array, axes: str) -> jax.Array:
@@ -140,9 +149,9 @@ def reduce_gradient(gradient: jax.Array, axes: str) -> jax.Array:
 
     Where the weight at rest is split over an axis of the batch, the sum is scattered over it.
     """
-    left = list(_activation_axes("B"))
+    left = list(_real(_activation_axes("B")))
     for dim, axis in enumerate(weight(axes)):
         if axis in left:
             left.remove(axis)
             gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dim, tiled=True)
-    return jax.lax.psum(gradient, tuple(left))
+    return jax.lax.psum(gradient, tuple(left)) if left else gradient
