@@ -27,12 +27,12 @@ class Ended(NamedTuple):
 
 
 def corpus(folder: Path) -> Path:
-    """Twenty files of words that a model can learn something about."""
+    """Twenty files of words that a model can learn something about; an epoch is some 50 steps."""
     rng, folder = random.Random(0), folder / "corpus"
     folder.mkdir()
     words = ["".join(rng.choices("etaoinshr", k=rng.randint(2, 7))) for _ in range(200)]
     for n in range(20):
-        text = " ".join(words[min(int(rng.expovariate(0.03)), 199)] for _ in range(600))
+        text = " ".join(words[min(int(rng.expovariate(0.03)), 199)] for _ in range(80))
         (folder / f"{n}.txt").write_text(text + ".\n")
     return folder
 
