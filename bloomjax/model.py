@@ -65,9 +65,8 @@ def product(x: jax.Array, parameter: nnx.Param) -> jax.Array:
     y = jnp.einsum(
         "BTi,ij->BTj", x, matrix, preferred_element_type=x.dtype, out_sharding=act("BT" + j)
     )
-    return y.reshape(
-        *x.shape[:2], *w.shape[contracted:], out_sharding=act("BT" + axes[contracted:])
-    )
+    rest = w.shape[contracted:]
+    return y.reshape(*x.shape[:2], *rest, out_sharding=act("BT" + axes[contracted:]))
 
 
 def layer_norm(x_BTD: jax.Array, w_D: nnx.Param, b_D: nnx.Param, epsilon: float) -> jax.Array:
@@ -150,10 +149,11 @@ def _lookup_backward(dtype: Any, kept: Any, g_BTD: jax.Array) -> Any:
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-# What the backward pass finds kept, by `run.remat`. Weights as `use` gives them are never kept: a
-# layer's copy of each would be, cast and gathered.
+# What the backward pass finds kept, by `run.remat`. Weights as `product` takes them are never kept:
+# a layer's copy of each would be, cast, gathered and flattened.
+_USE = ("convert_element_type", "reshard", "reshape")
 KEPT = {
-    "none": lambda operation, *_, **__: operation.name not in ("reshard", "convert_element_type"),
+    "none": lambda operation, *_, **__: operation.name not in _USE,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
 }

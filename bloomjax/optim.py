@@ -1,8 +1,8 @@
 """AdamW as BLOOM used it: schedules counted in samples, decay mask, clipping, batch ramp-up.
 
 Source: Megatron-DeepSpeed (learning_rates.py, microbatches.py, optimizer/clip_grads.py) and the
-scripts of the tr11 runs. Moments come from optax; the step is written out, so that parameters and
-moments are read and written once.
+scripts of the tr11 runs. The step is written out, so that parameters and moments are read and
+written once, with what clips and what skips a step in the same pass.
 """
 
 import dataclasses
@@ -85,13 +85,33 @@ def adamw(
     moments: optax.ScaleByAdamState,
     rate: jax.Array,
     factor: jax.Array,
+    apply: jax.Array,
 ) -> tuple[Params, optax.ScaleByAdamState]:
-    """One step of decoupled AdamW on gradients times `factor`; everything float32."""
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
-    scaled = jax.tree.map(lambda g: g * factor, gradients)
-    updates, moments = adam.update(scaled, moments)
+    """One step of decoupled AdamW (Loshchilov & Hutter 2019) on gradients times `factor`, float32.
 
-    def step(path: Any, p: jax.Array, u: jax.Array) -> jax.Array:
-        return p - rate * (u + config.weight_decay * p if decays(path) else u)
+    Where `apply` is false everything stays as it was, bit for bit.
+    """
+    b1, b2, epsilon = config.beta1, config.beta2, config.epsilon
 
-    return jax.tree_util.tree_map_with_path(step, params, updates), moments
+    def first(m: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.where(apply, b1 * m + (1 - b1) * (factor * g), m)
+
+    def second(v: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.where(apply, b2 * v + (1 - b2) * jnp.square(factor * g), v)
+
+    count = moments.count + apply
+    mu = jax.tree.map(first, moments.mu, gradients)
+    nu = jax.tree.map(second, moments.nu, gradients)
+    if jax.default_backend() == "cpu":
+        # XLA:CPU fuses one output at a time: it would form each moment again for the parameters,
+        # and copy the old ones aside first. GPU and TPU write all three in one pass.
+        mu, nu = jax.lax.optimization_barrier((mu, nu))
+    step_size = rate / (1 - b1**count)
+    unbias = 1 / (1 - b2**count)
+
+    def step(path: Any, p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+        decay = rate * config.weight_decay * p if decays(path) else 0.0
+        return jnp.where(apply, p - step_size * m / (jnp.sqrt(v * unbias) + epsilon) - decay, p)
+
+    params = jax.tree_util.tree_map_with_path(step, params, mu, nu)
+    return params, optax.ScaleByAdamState(count, mu, nu)

@@ -1,6 +1,6 @@
 """The mesh and the one table of layouts. No other file names a mesh axis.
 
-A tensor's axes are a string of letters (see `bloomjax.config`); `weight("D3NH")` and `act("BTNH")`
+A tensor's axes are a string of letters (see `bloomjax.config`); `weight("DN3H")` and `act("BTNH")`
 turn it into a PartitionSpec through `RULES`. The mesh is explicit: shardings are part of an
 array's type, and a wrong layout is an error when the program is traced, never a silent gather.
 """

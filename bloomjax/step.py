@@ -118,9 +118,8 @@ def train_step(
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     rate = optim.learning_rate(config.optim, state.samples)
     factor = optim.clip_factor(config.optim, norm)
-    new = optim.adamw(config.optim, gradients, state.params, state.moments, rate, factor)
-    params, moments = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), new, (state.params, state.moments)
+    params, moments = optim.adamw(
+        config.optim, gradients, state.params, state.moments, rate, factor, apply=finite
     )
     state = TrainState(
         step=state.step + 1,

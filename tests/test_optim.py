@@ -101,7 +101,13 @@ def test_adamw_is_the_papers() -> None:
         norm = np.sqrt(sum((x**2).sum() for x in g))
         gradients = jax.tree.unflatten(jax.tree.structure(params), [np.float32(x) for x in g])
         params, moments = jax.jit(optim.adamw, static_argnums=0)(
-            config, gradients, params, moments, 1e-2, optim.clip_factor(config, jnp.float32(norm))
+            config,
+            gradients,
+            params,
+            moments,
+            1e-2,
+            optim.clip_factor(config, jnp.float32(norm)),
+            True,
         )
         for i, path in enumerate(paths):
             clipped = g[i] * min(1.0, 0.7 / (norm + 1e-6))
