@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,8 +19,10 @@ import trial
 from trial import ROOT, Trial, arrays, ended, metrics, refused, saved, steps, until
 
 from bloomjax import cli, train
+from bloomjax.checkpoint import restore
+from bloomjax.config import MeshConfig, freeze, read_config
 from bloomjax.sharding import act, make_mesh, put
-from bloomjax.step import batch_shape, init_state, train_step
+from bloomjax.step import abstract_state, batch_shape, init_state, train_step
 
 STEPS = 80  # of tests/configs/tiny.py
 ENDLESS = ("--config.optim.steps=1000000", "--config.run.checkpoint_every=1000000")
@@ -58,9 +61,34 @@ def same_samples(workdir: Path, unbroken: Path, count: int) -> None:
 def test_four_processes_of_two_devices_are_one_of_one(
     runs: Trial, unbroken: Path, tmp_path: Path
 ) -> None:
+    """Losses and samples of three steps; their gradients, as the moments have them; parameters."""
+    alone, four = tmp_path / "alone", tmp_path / "four"
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
-    runs.done(tmp_path, "--config.optim.steps=3", *mesh, count=4, devices=2)
-    same_samples(tmp_path, unbroken, 3)
+    runs.done(alone, "--config.optim.steps=3")
+    runs.done(four, "--config.optim.steps=3", *mesh, count=4, devices=2)
+    same_samples(four, unbroken, 3)
+    found, expected = state(four), state(alone)
+    for moment in ("mu", "nu"):
+        for (path, f), e in zip(
+            jax.tree_util.tree_leaves_with_path(found["moments"][moment]),
+            jax.tree.leaves(expected["moments"][moment]),
+            strict=True,
+        ):
+            assert np.linalg.norm(f - e) <= 1e-4 * np.linalg.norm(e), (moment, path)
+    peak = freeze(read_config(alone / "config.json")).optim.learning_rate
+    for f, e in zip(
+        jax.tree.leaves(found["params"]), jax.tree.leaves(expected["params"]), strict=True
+    ):
+        assert np.abs(f - e).max() <= 0.02 * peak
+
+
+def state(workdir: Path) -> dict[str, Any]:
+    """What the newest checkpoint holds, as numpy arrays."""
+    config = freeze(read_config(workdir / "config.json"))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    restored = restore(workdir / "checkpoints", abstract_state(config, mesh).as_tree())
+    assert restored
+    return jax.tree.map(np.asarray, restored.state)
 
 
 @pytest.mark.slow
