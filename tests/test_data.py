@@ -261,7 +261,7 @@ def test_a_kill_leaves_nothing_that_counts(tmp_path, texts):
     prepare(dataclasses.replace(data, heldout_every=4), 300, tmp_path / "run")
     points = [
         ("_tokenise", 0),
-        ("_held_out", 60),
+        ("is_held_out", 60),
         ("_write_index", 0),
         ("_write_index", 1),
         ("replacing", 0),
