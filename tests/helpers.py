@@ -1,6 +1,7 @@
 """What several tests need: a small model's configuration, a mesh of one device, arrays on it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bloomjax.config import ModelConfig, base_config, freeze
+from bloomjax.formats.names import TABLE, nest
+from bloomjax.model import Params
 from bloomjax.sharding import act, make_mesh, put
 
 
@@ -25,3 +28,26 @@ def one_device() -> Mesh:
 def on_mesh(axes: str, array: np.ndarray) -> jax.Array:
     """A host array in the layout that activations of these axes have on the current mesh."""
     return put(array, act(axes), jax.sharding.get_mesh())
+
+
+def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
+    """Tensors under Hugging Face's names -> a parameter tree, in memory."""
+    flat = {}
+    for row in TABLE:
+        names = [row.hf.format(layer) for layer in row.layers(config)]
+        layers = [row.to_ours(tensors[name], config.sizes) for name in names]
+        flat[row.path] = np.stack(layers) if row.stacked else layers[0]
+    return nest(flat)
+
+
+def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The inverse of `from_hf`; also of gradients and moments, which have the same tree."""
+    tensors = {}
+    for row in TABLE:
+        leaf: Any = params
+        for key in row.path.split("."):
+            leaf = leaf[key]
+        for layer in row.layers(config):
+            one = np.asarray(leaf[layer] if row.stacked else leaf)
+            tensors[row.hf.format(layer)] = row.to_theirs(one, config.sizes)
+    return tensors

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import model_config, on_mesh, one_device
+from helpers import from_hf, model_config, on_mesh, one_device, to_hf
 from oracles.weights import hf_weights, random_qkv
 
 from bloomjax import attention
 from bloomjax.config import ModelConfig
-from bloomjax.formats.names import from_hf, to_hf
 from bloomjax.loss import cross_entropy
 from bloomjax.model import Params, abstract_params, bind
 

@@ -1,97 +1,98 @@
-"""One table: every parameter of BLOOM, its name in each foreign format, and how layouts differ.
+"""One table: every parameter of BLOOM, its name in each format, and how the layouts differ.
 
-Letters as everywhere. A row's `to_ours` and `to_theirs` are inverse to each other and touch one
-layer's tensor at a time; they only reshape and transpose, so they work on numpy and JAX arrays.
+Letters as everywhere. A tensor of another format is a vector or a matrix whose dimensions are
+groups of letters: torch's linear layers are [out, in], so the fused QKV, which we keep as DN3H, is
+"N3H.D", a matrix of N*3*H rows. The one invariant: what travels between formats is rows of these
+matrices in Hugging Face's layout (`theirs`). Megatron's is the same; GGUF's has the same letters in
+another order where all queries come before all keys ("3NH.D").
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from bloomjax.config import ModelConfig
-from bloomjax.errors import InputError
-from bloomjax.model import Params
 
-Layout = Callable[[Any, dict[str, int]], Any]
+Sizes = Mapping[str, int]  # of letters, as ModelConfig.sizes
 
 
 class Row(NamedTuple):
     path: str  # ours: keys of the parameter tree joined by dots; blocks are stacked along L
-    hf: str  # Hugging Face's, without the optional prefix `transformer.`; {} is the layer
-    to_ours: Layout
-    to_theirs: Layout
+    ours: str  # letters of one layer's tensor
+    theirs: str  # letters of Hugging Face's and Megatron's, a "." between the dimensions
+    hf: str  # without the optional prefix `transformer.`; {} is the layer
+    megatron: str  # in the layer file of number `megatron_file`
+    gguf: str  # {} is the layer
+
+    @property
+    def stacked(self) -> bool:
+        return self.path.startswith("blocks.")
+
+    def layers(self, config: ModelConfig) -> range:
+        return range(config.layers if self.stacked else 1)
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """Of `theirs`."""
+        return tuple(math.prod(sizes[a] for a in group) for group in self.theirs.split("."))
+
+    def unit(self, sizes: Sizes) -> int:
+        """Rows of `theirs` that belong to one index of its first letter: 3H in "N3H.D"."""
+        return math.prod(sizes[a] for a in self.theirs.split(".")[0][1:])
+
+    @property
+    def split(self) -> int | None:
+        """The dimension of `theirs` that tensor parallelism cuts: that which begins with the
+        vocabulary, the heads or the ffn. None: every rank has the whole."""
+        groups = self.theirs.split(".")
+        return next((i for i, group in enumerate(groups) if group[0] in "VNF"), None)
+
+    def to_ours(self, rows: Any, sizes: Sizes) -> Any:
+        """Rows of `theirs`, in whole units, in our layout. Works on numpy and JAX arrays."""
+        letters = self.theirs.replace(".", "")
+        lettered = rows.reshape(-1, *(sizes[a] for a in letters[1:]))
+        return lettered.transpose([letters.index(a) for a in self.ours])
+
+    def to_theirs(self, array: Any, sizes: Sizes) -> Any:
+        """The inverse of `to_ours`; here too `array` may hold a part of the first letter."""
+        letters = self.theirs.replace(".", "")
+        lettered = array.transpose([self.ours.index(a) for a in letters])
+        return lettered.reshape(-1, *self.shape(sizes)[1:])
+
+    def megatron_file(self, layer: int, layers: int) -> int:
+        """The II of layer_II-model_TT-model_states.pt: 00, 02 and 03+L are functions of the
+        pipeline without parameters (megatron/model/gpt_model.py, GPTModelPipe)."""
+        return 3 + layer if self.stacked else 4 + layers if self.path.startswith("ln_") else 1
 
 
-def _same(a: Any, n: dict[str, int]) -> Any:
-    return a
+def _block(name: str, ours: str, theirs: str, hf: str, gguf: str) -> Row:
+    return Row(f"blocks.{name}", ours, theirs, f"h.{{}}.{hf}", hf, f"blk.{{}}.{gguf}")
 
 
-# Torch's linear layers are [out, in]; features of the fused QKV are [heads, 3, head dim], and what
-# attention puts out is [heads, head dim].
-_LINEAR = (lambda a, n: a.T, lambda a, n: a.T)
-_QKV = (
-    lambda a, n: a.T.reshape(n["D"], n["N"], 3, n["H"]),
-    lambda a, n: a.reshape(n["D"], 3 * n["D"]).T,
-)
-_QKV_BIAS = (
-    lambda a, n: a.reshape(n["N"], 3, n["H"]),
-    lambda a, n: a.reshape(3 * n["D"]),
-)
-_OUT = (
-    lambda a, n: a.T.reshape(n["N"], n["H"], n["D"]),
-    lambda a, n: a.reshape(n["D"], n["D"]).T,
-)
+_EMBED, _LN = "word_embeddings", "word_embeddings_layernorm"
 
 TABLE = (
-    Row("embed", "word_embeddings.weight", _same, _same),
-    Row("embed_ln_w", "word_embeddings_layernorm.weight", _same, _same),
-    Row("embed_ln_b", "word_embeddings_layernorm.bias", _same, _same),
-    Row("blocks.ln1_w", "h.{}.input_layernorm.weight", _same, _same),
-    Row("blocks.ln1_b", "h.{}.input_layernorm.bias", _same, _same),
-    Row("blocks.qkv_w", "h.{}.self_attention.query_key_value.weight", *_QKV),
-    Row("blocks.qkv_b", "h.{}.self_attention.query_key_value.bias", *_QKV_BIAS),
-    Row("blocks.out_w", "h.{}.self_attention.dense.weight", *_OUT),
-    Row("blocks.out_b", "h.{}.self_attention.dense.bias", _same, _same),
-    Row("blocks.ln2_w", "h.{}.post_attention_layernorm.weight", _same, _same),
-    Row("blocks.ln2_b", "h.{}.post_attention_layernorm.bias", _same, _same),
-    Row("blocks.up_w", "h.{}.mlp.dense_h_to_4h.weight", *_LINEAR),
-    Row("blocks.up_b", "h.{}.mlp.dense_h_to_4h.bias", _same, _same),
-    Row("blocks.down_w", "h.{}.mlp.dense_4h_to_h.weight", *_LINEAR),
-    Row("blocks.down_b", "h.{}.mlp.dense_4h_to_h.bias", _same, _same),
-    Row("ln_w", "ln_f.weight", _same, _same),
-    Row("ln_b", "ln_f.bias", _same, _same),
+    Row("embed", "VD", "V.D", f"{_EMBED}.weight", f"{_EMBED}.weight", "token_embd.weight"),
+    Row("embed_ln_w", "D", "D", f"{_LN}.weight", f"{_EMBED}.norm.weight", "token_embd_norm.weight"),
+    Row("embed_ln_b", "D", "D", f"{_LN}.bias", f"{_EMBED}.norm.bias", "token_embd_norm.bias"),
+    _block("ln1_w", "D", "D", "input_layernorm.weight", "attn_norm.weight"),
+    _block("ln1_b", "D", "D", "input_layernorm.bias", "attn_norm.bias"),
+    _block("qkv_w", "DN3H", "N3H.D", "self_attention.query_key_value.weight", "attn_qkv.weight"),
+    _block("qkv_b", "N3H", "N3H", "self_attention.query_key_value.bias", "attn_qkv.bias"),
+    _block("out_w", "NHD", "D.NH", "self_attention.dense.weight", "attn_output.weight"),
+    _block("out_b", "D", "D", "self_attention.dense.bias", "attn_output.bias"),
+    _block("ln2_w", "D", "D", "post_attention_layernorm.weight", "ffn_norm.weight"),
+    _block("ln2_b", "D", "D", "post_attention_layernorm.bias", "ffn_norm.bias"),
+    _block("up_w", "DF", "F.D", "mlp.dense_h_to_4h.weight", "ffn_up.weight"),
+    _block("up_b", "F", "F", "mlp.dense_h_to_4h.bias", "ffn_up.bias"),
+    _block("down_w", "FD", "D.F", "mlp.dense_4h_to_h.weight", "ffn_down.weight"),
+    _block("down_b", "D", "D", "mlp.dense_4h_to_h.bias", "ffn_down.bias"),
+    Row("ln_w", "D", "D", "ln_f.weight", "weight", "output_norm.weight"),
+    Row("ln_b", "D", "D", "ln_f.bias", "bias", "output_norm.bias"),
 )
+ROWS = {row.path: row for row in TABLE}
 
-
-def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
-    """Tensors under Hugging Face's names -> a parameter tree. InputError lists what is missing."""
-    tensors = {name.removeprefix("transformer."): a for name, a in tensors.items()}
-    missing = [name for row in TABLE for name in _names(row, config) if name not in tensors]
-    if missing:
-        raise InputError(f"tensors are missing: {', '.join(missing)}")
-    flat = {}
-    for row in TABLE:
-        layers = [row.to_ours(tensors[name], config.sizes) for name in _names(row, config)]
-        flat[row.path] = np.stack(layers) if "{}" in row.hf else layers[0]
-    return nest(flat)
-
-
-def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The inverse of `from_hf`; also of gradients and moments, which have the same tree."""
-    tensors = {}
-    for row in TABLE:
-        leaf: Any = params
-        for key in row.path.split("."):
-            leaf = leaf[key]
-        for layer, name in enumerate(_names(row, config)):
-            one = np.asarray(leaf[layer] if "{}" in row.hf else leaf)
-            tensors[name] = row.to_theirs(one, config.sizes)
-    return tensors
-
-
-def _names(row: Row, config: ModelConfig) -> list[str]:
-    return [row.hf.format(i) for i in range(config.layers if "{}" in row.hf else 1)]
+# Second names of the tied embedding, which a file may hold as a copy: Hugging Face's and GGUF's.
+HEADS = ("lm_head.weight", "output.weight")
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from weights import hf_weights
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 LAYERS, WIDTH, HEADS, VOCAB_SIZE = 24, 1024, 16, 250_880
 TOKENS, LEFT = 96, (0, 31, 85)
 
@@ -50,9 +50,9 @@ def ours(file: pathlib.Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray
     import dataclasses
 
     import jax
+    from helpers import from_hf
 
     from bloomjax.config import base_config, freeze
-    from bloomjax.formats.names import from_hf
     from bloomjax.model import abstract_params, bind
     from bloomjax.sharding import act, make_mesh, put
 
