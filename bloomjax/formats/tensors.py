@@ -101,7 +101,7 @@ class Stored:
 
 def pread_into(file: Path, offset: int, out: np.ndarray) -> None:
     """Fills a contiguous array with the bytes of `file` from `offset` on. InputError if too few."""
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     done = 0
     try:
         handle = os.open(file, os.O_RDONLY)
