@@ -51,7 +51,7 @@ class HFReader:
         before = member(folder, ORIGIN)
         self.origin = {
             "format": self.format,
-            "path": str(folder.resolve()),
+            "path": str(folder),
             "files": {file.name: file.stat().st_size for file in files},
             **(origin or {}),
             **({"before": read_json(before)} if before else {}),
