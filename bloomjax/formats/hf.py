@@ -18,6 +18,7 @@ from bloomjax.formats import safetensors, tensors
 from bloomjax.formats.hf_config import ORIGIN, as_json, read_config, side_files
 from bloomjax.formats.names import HEADS, TABLE, Row
 from bloomjax.formats.tensors import DTYPES, PARAMS, Stored
+from bloomjax.formats.torchfile import read_torch
 from bloomjax.formats.untrusted import member, read_bytes, read_json
 
 PREFIX = "transformer."
@@ -163,8 +164,6 @@ def _check_tied(folder: Path, head: Stored, embedding: Stored) -> None:
 
 
 def _read_bin(file: Path) -> dict[str, Stored]:
-    from bloomjax.formats.torchfile import read_torch
-
     found = read_torch(file)
     if not isinstance(found, dict):
         raise InputError(f"{file}: expected tensors by name, found {type(found).__name__}")
