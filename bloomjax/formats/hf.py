@@ -82,44 +82,43 @@ def _weight_files(folder: Path) -> list[Path]:
             names = _names_in_index(index, suffix)
         else:
             names = _numbered(folder, stem, suffix)
-        found = {name: member(folder, name) for name in names}
-        if missing := [name for name, path in found.items() if path is None]:
+        if missing := sorted(names - set(os.listdir(folder))):
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise InputError(
-                f"{folder}: expected {len(found)} files of weights, found that "
-                f"{', '.join(missing[:4])}{more} are missing: fetch them again"
+                f"{folder}: expected {len(names)} files of weights in it, found that "
+                f"{', '.join(map(repr, missing[:4]))}{more} are missing: fetch them again"
             )
-        if found:
-            return [path for path in found.values() if path]
+        if names:
+            return [path for name in sorted(names) if (path := member(folder, name))]
     raise InputError(
         f"{folder}: expected model.safetensors or pytorch_model.bin, or shards of one, found none"
     )
 
 
-def _names_in_index(index: Path, suffix: str) -> list[str]:
+def _names_in_index(index: Path, suffix: str) -> set[str]:
     places = read_json(index).get("weight_map")
     names = list(places.values()) if isinstance(places, dict) else []
     if not names or not all(isinstance(name, str) and len(name) < 100 for name in names):
         raise InputError(f"{index}: expected a weight_map from tensors to files, found none")
-    for name in set(names):
+    for name in names:
         if not name.endswith(f".{suffix}"):
             raise InputError(f"{index}: expected names of .{suffix} files, found {name!r}")
-    return sorted(set(names))
+    return set(names)
 
 
-def _numbered(folder: Path, stem: str, suffix: str) -> list[str]:
+def _numbered(folder: Path, stem: str, suffix: str) -> set[str]:
     """Names of all the shards that should be there, if one is: the published 176B has an
     underscore before the number, and all others a hyphen."""
     pattern = re.compile(rf"({stem}[-_])(\d{{5}})-of-(\d{{5}})\.{suffix}")
-    matches = [m for m in map(pattern.fullmatch, sorted(os.listdir(folder))) if m]
+    matches = [m for m in map(pattern.fullmatch, os.listdir(folder)) if m]
     kinds = {(match[1], match[3]) for match in matches}
     if len(kinds) > 1:
         raise InputError(f"{folder}: expected one set of shards, found {len(kinds)}: keep one")
-    return [
+    return {
         f"{start}{number:05}-of-{count}.{suffix}"
         for start, count in kinds
         for number in range(1, int(count) + 1)
-    ]
+    }
 
 
 def _tensors(folder: Path, files: list[Path], config: ModelConfig) -> dict[str, Stored]:

@@ -132,7 +132,6 @@ def fetch(remote: Remote) -> tuple[Path, dict[str, Any]]:
                 remote.repository,
                 revision=remote.revision,
                 allow_patterns=list(remote.files),
-                local_files_only=not remote.missing,
             )
         )
     except Exception as error:  # whatever its HTTP client raises
