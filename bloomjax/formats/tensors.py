@@ -68,12 +68,28 @@ class Writer(Protocol):
 
 
 def parts(row: Row, sizes: Sizes, itemsize: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Rows of `row.theirs` cut into whole units of at most `limit` bytes (or one unit)."""
+    """Rows of `row.theirs` cut into whole units of at most `limit` bytes (or one unit); a vector,
+    which is small, in one piece."""
     shape, unit = row.shape(sizes), row.unit(sizes)
     unit_bytes = unit * int(np.prod(shape[1:])) * itemsize
-    step = unit * max(1, limit // unit_bytes)
+    step = unit * max(1, limit // unit_bytes) if len(shape) > 1 else shape[0]
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
+
+
+def cast(rows: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`rows` in another float dtype, rounded to nearest even. InputError, with the name of the
+    tensor, if a finite number becomes infinite."""
+    if rows.dtype == dtype:
+        return rows
+    with np.errstate(over="ignore"):
+        out = rows.astype(dtype)
+    if not np.isfinite(out).all() and np.isfinite(rows).all():
+        raise InputError(
+            f"{name}: expected numbers that fit {dtype}, found {np.abs(rows).max():.3g}: use "
+            "a wider one"
+        )
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
