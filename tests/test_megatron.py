@@ -1,18 +1,21 @@
 """Megatron-DeepSpeed's folders: what is written is read back bit for bit at any degrees, and what
 BigScience's stack would have written gives the parameters and moments that it was made from."""
 
+import tarfile
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers import model_config
+from oracles import megatron_tensors as made
 from oracles.weights import hf_weights
 
 from bloomjax.config import ModelConfig
 from bloomjax.errors import ConfigError
 from bloomjax.formats.megatron import MegatronReader, MegatronWriter
-from bloomjax.formats.tensors import order
+from bloomjax.formats.tensors import KINDS, order
+from bloomjax.formats.torchfile import read_torch
 
 BFLOAT16 = ml_dtypes.bfloat16
 SHAPES = (
@@ -60,3 +63,48 @@ def test_degrees_must_divide(tmp_path: Path) -> None:
     for degrees in ({"tp": 3, "pp": 1}, {"tp": 8, "pp": 1}, {"tp": 1, "pp": 4}, {"tp": 0, "pp": 1}):
         with pytest.raises(ConfigError, match="expected"):
             written(tmp_path, config, {}, np.float32, **degrees)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tests/oracles/megatron_folder.py made with torch: TP 2 x PP 2 x DP 2."""
+    path = tmp_path_factory.mktemp("megatron")
+    with tarfile.open(Path(__file__).parent / "golden" / "megatron_folder.tar.xz") as tar:
+        tar.extractall(path, filter="data")
+    return path
+
+
+@pytest.mark.parametrize("name", ["", "global_step7", "global_step7_universal"])
+def test_moments_are_those_of_the_whole_model(folder: Path, name: str) -> None:
+    reader = MegatronReader(folder / name)
+    assert reader.config == model_config(
+        layers=2, width=12, heads=4, vocab_size=20, dtype="auto", init_std=0.0048,
+        hidden_dropout=0.1, attention_dropout=0.1,
+    )  # fmt: skip
+    assert reader.progress == (made.STEP, made.SAMPLES)
+    expected = made.tensors(made.LAYERS, made.WIDTH, made.VOCAB_SIZE)
+    for kind, state in zip(KINDS, made.STATES, strict=True):
+        for row, layer in order(reader.config):
+            whole = expected[state][row.hf.format(layer)]
+            for start, stop in ((0, len(whole)), (5, 6), (3, len(whole) - 1)):
+                rows = reader.read(row, layer, start, stop, kind)
+                assert rows.dtype == reader.dtype(row, kind) == np.float32
+                assert np.array_equal(rows, whole[start:stop]), (kind, row.path)
+
+
+def test_layer_files_are_merged_as_the_hubs_converter_did(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With optimizer files of fp16 ZeRO, which are left out: weights are those of layer files."""
+    for file in (folder / "global_step7").iterdir():
+        (tmp_path / file.name.removeprefix("bf16_")).write_bytes(file.read_bytes())
+    reader = MegatronReader(tmp_path)
+    (line,) = caplog.messages
+    assert "fp16 ZeRO" in line and reader.progress is None
+    expected = read_torch(folder / "converted.pt")
+    for row, layer in order(reader.config):
+        whole = expected[row.hf.format(layer)]
+        whole = whole.rows(0, whole.shape[0])
+        rows = reader.read(row, layer, 0, len(whole))
+        assert rows.dtype == whole.dtype == BFLOAT16
+        assert np.array_equal(rows, whole)
