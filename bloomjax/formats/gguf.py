@@ -125,10 +125,9 @@ class GGUFReader:
         names = ROWS["embed"].gguf, HEAD
         embed, head = (self._file.tensors[name] for name in names)
         step = max(1, embed.shape[0] // _SAMPLE)
+        rows = range(0, embed.shape[0], step)
         a, b = (
-            np.concatenate(
-                [self._rows(t, i, i + 1) for i in range(0, embed.shape[0], step)]
-            ).astype(np.float32)
+            np.concatenate([self._rows(t, i, i + 1) for i in rows]).astype(np.float64)
             for t in (embed, head)
         )
         difference, size = np.linalg.norm(a - b), np.linalg.norm(a)

@@ -20,6 +20,7 @@ from bloomjax.errors import InputError
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 _MAX_HEADER = 32 << 20  # bytes before the tensors; that of a BLOOM, with its vocabulary, has 15 MB
 _MAX_PAIRS, _MAX_TENSORS, _MAX_DIMENSIONS = 10_000, 65_000, 4
+_MAX_STRINGS = 1 << 20  # in all arrays together: their lengths are walked through; BLOOM has 0.5 M
 _MAX_STRING, _MAX_KEY, _MAX_NAME = 1 << 20, 1 << 16, 63  # bytes; ggml has 64 for a name and its end
 _MAX_ALIGNMENT = 1 << 16
 
@@ -99,7 +100,7 @@ class GGUFFile:
             raise InputError(
                 f"{self.path}: expected a GGUF file, found: {error.strerror}"
             ) from error
-        self._at = 0
+        self._at = self._strings = 0
         if self._take(4) != MAGIC:
             self._refuse("a GGUF file", "another kind of file")
         version = self._number(_U32)
@@ -219,8 +220,9 @@ class GGUFFile:
         return _NUMBERS[number]
 
     def _skip_strings(self, count: int, key: str) -> None:
-        if count * 8 > self._size - self._at:
-            self._refuse(f"room for the {count} strings of {key}", f"{self._size - self._at} bytes")
+        self._strings += count
+        if self._strings > _MAX_STRINGS:
+            self._refuse(f"at most {_MAX_STRINGS} strings in arrays", f"{self._strings} with {key}")
         header, at = self._header, self._at
         last = len(header) - 8
         for _ in range(count):
