@@ -37,10 +37,21 @@ class Progress(NamedTuple):
 class Reader(Protocol):
     """A model in some format, opened. `read` may be called by several threads at a time."""
 
-    format: str  # as --to names it
-    config: ModelConfig
-    origin: dict[str, Any]  # where it came from (JSON): path, revision, ...
-    progress: Progress | None  # None: no optimizer state, and PARAMS is the only kind
+    @property
+    def format(self) -> str:
+        """As --to names it."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where it came from (JSON): path, revision, ..., and under "source" the same of what it was
+        converted from."""
+
+    @property
+    def progress(self) -> Progress | None:
+        """None: it has no optimizer state, and PARAMS is the only kind."""
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         """Of what `read` returns."""
@@ -201,16 +212,3 @@ def order(config: ModelConfig) -> Iterator[tuple[Row, int]]:
     for layer in range(config.layers):
         yield from ((row, layer) for row in TABLE if row.stacked)
     yield from ((row, 0) for row in back)
-
-
-def cast(rows: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`rows` in another float dtype, rounded to nearest even. InputError if that makes a finite
-    number infinite, as float16 does from 65,520 on."""
-    if rows.dtype == dtype:
-        return rows
-    with np.errstate(over="ignore"):
-        out = rows.astype(dtype)
-    if np.count_nonzero(np.isinf(out)) != np.count_nonzero(np.isinf(rows)):
-        other = "bfloat16" if dtype == np.float16 else "float32"
-        raise InputError(f"{name}: found numbers that do not fit {dtype.name}: use {other}")
-    return out
