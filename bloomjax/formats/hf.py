@@ -17,7 +17,7 @@ from bloomjax.errors import InputError
 from bloomjax.formats import safetensors, tensors
 from bloomjax.formats.hf_config import ORIGIN, as_json, read_config, side_files
 from bloomjax.formats.names import HEADS, TABLE, Row
-from bloomjax.formats.tensors import DTYPES, PARAMS, Stored
+from bloomjax.formats.tensors import DTYPES, PARAMS, Progress, Stored
 from bloomjax.formats.torchfile import read_torch
 from bloomjax.formats.untrusted import member, read_bytes, read_json
 
@@ -36,7 +36,7 @@ class HFReader:
     """A folder as `save_pretrained` leaves it, opened. A `tensors.Reader`."""
 
     format = "hf"
-    progress = None
+    progress: Progress | None = None  # there is no optimizer state
 
     def __init__(self, folder: Path, origin: Mapping[str, Any] | None = None):
         """`origin` is what else is known of where the folder came from. InputError if it does not
