@@ -8,7 +8,7 @@ its share of one tensor.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +163,11 @@ def read_params(reader: Reader, config: ModelConfig, mesh: Mesh) -> Params:
         if not row.stacked:
             flat[row.path] = _on_mesh(reader, row, 0, config, mesh, spec, dtype)
             continue
-        one = P(*spec[1:])
         with jax.set_mesh(mesh):
             stack = jnp.zeros(target.shape, dtype, out_sharding=spec)
-            for layer in row.layers(config):
-                value = _on_mesh(reader, row, layer, config, mesh, one, dtype)
+        for layer in row.layers(config):
+            value = _on_mesh(reader, row, layer, config, mesh, P(*spec[1:]), dtype)
+            with jax.set_mesh(mesh):
                 stack = _set_layer(stack, layer, value)
         flat[row.path] = stack
     return nest(flat)
@@ -185,9 +185,10 @@ def _on_mesh(
     n, shape = config.sizes, row.shape(config.sizes)
     if len(shape) == 1:
         return put(row.to_ours(reader.read(row, layer, 0, shape[0]), n).astype(dtype), spec, mesh)
-    # Rows are dealt to all devices alike, the last ones padded; who holds which is then a matter
-    # for the compiler, in a mesh whose axes it may use as it likes.
+    # Rows are dealt to all devices alike, the last ones padded. How they come from there to where
+    # they belong is left to the compiler, so these meshes are not explicit.
     flat = Mesh(mesh.devices.reshape(-1), ("rows",), axis_types=(AxisType.Auto,))
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
     each = -(-shape[0] // mesh.size)
     by_rows = NamedSharding(flat, P("rows"))
 
@@ -198,18 +199,21 @@ def _on_mesh(
         return np.pad(found, ((0, missing), (0, 0))) if missing else found
 
     dealt = jax.make_array_from_callback((each * mesh.size, shape[1]), by_rows, rows)
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    value = _to_ours(row, tuple(n.items()), dtype, NamedSharding(auto, spec), dealt)
+    with jax.set_mesh(flat):
+        value = _to_ours(row, tuple(n.items()), dtype, NamedSharding(auto, spec))(dealt)
     return jax.device_put(value, NamedSharding(mesh, spec))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.cache
 def _to_ours(
-    row: Row, sizes: tuple[tuple[str, int], ...], dtype: Any, layout: NamedSharding, rows: jax.Array
-) -> jax.Array:
+    row: Row, sizes: tuple[tuple[str, int], ...], dtype: Any, layout: NamedSharding
+) -> Callable[[jax.Array], jax.Array]:
     n = dict(sizes)
-    ours = row.to_ours(rows[: row.shape(n)[0]].astype(dtype), n)
-    return jax.lax.with_sharding_constraint(ours, layout)
+
+    def to_ours(rows: jax.Array) -> jax.Array:
+        return row.to_ours(rows[: row.shape(n)[0]].astype(dtype), n)
+
+    return jax.jit(to_ours, out_shardings=layout)
 
 
 def _tensor_mesh(config: ModelConfig) -> Mesh:
