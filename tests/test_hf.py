@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from bloomjax.data.tokenizer import load_tokenizer, train_tokenizer
 from bloomjax.errors import InputError
-from bloomjax.formats import safetensors
 from bloomjax.formats.hf import PREFIX, HFReader, HFWriter
 from bloomjax.formats.hf_config import read_config
 from bloomjax.formats.names import TABLE
@@ -48,9 +47,10 @@ def test_round_trip_is_exact(tmp_path: Path, shape: dict, dtype: str, limit: int
     same(loaded(b), prefixed(tensors))
     largest = max(array.nbytes for array in tensors.values())
     for file in b.glob("*.safetensors"):
-        assert sum(
-            s.rows(0, s.shape[0]).nbytes for s in safetensors.read_header(file).values()
-        ) <= (max(limit, largest))
+        assert file.stat().st_size <= max(limit, largest) + 2000  # and a header
+    assert (len(list(b.glob("*.safetensors"))) > 1) == (
+        sum(array.nbytes for array in tensors.values()) > limit
+    )
     again = HFReader(b)
     assert again.config == reader.config
     same(loaded(write(again, tmp_path / "c", dtype)), prefixed(tensors))
