@@ -10,7 +10,7 @@ import safetensors
 from oracles.weights import hf_weights
 from safetensors.numpy import save_file
 
-from bloomjax.formats.tensors import DTYPES, Reader, Writer, order
+from bloomjax.formats.tensors import DTYPES
 from bloomjax.formats.torchfile import Planned, TorchWriter
 
 CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -75,14 +75,6 @@ def loaded(path: Path) -> dict[str, np.ndarray]:
             dtype = DTYPES[CODES[entry["dtype"]]]
             tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
     return tensors
-
-
-def copy(reader: Reader, writer: Writer) -> None:
-    """What a conversion is."""
-    for row, layer in order(reader.config):
-        for start, stop in writer.parts(row):
-            writer.write(row, layer, start, reader.read(row, layer, start, stop))
-    writer.finish()
 
 
 def same(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> None:

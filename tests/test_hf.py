@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_folders import config_json, copy, folder, index, loaded, same, shards, weights
+from foreign import copy
+from hf_folders import config_json, folder, index, loaded, same, shards, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bloomjax.data.tokenizer import load_tokenizer, train_tokenizer
 from bloomjax.errors import InputError
-from bloomjax.formats import safetensors
 from bloomjax.formats.hf import PREFIX, HFReader, HFWriter
 from bloomjax.formats.hf_config import read_config
 from bloomjax.formats.names import TABLE
@@ -47,9 +47,10 @@ def test_round_trip_is_exact(tmp_path: Path, shape: dict, dtype: str, limit: int
     same(loaded(b), prefixed(tensors))
     largest = max(array.nbytes for array in tensors.values())
     for file in b.glob("*.safetensors"):
-        assert sum(
-            s.rows(0, s.shape[0]).nbytes for s in safetensors.read_header(file).values()
-        ) <= (max(limit, largest))
+        assert file.stat().st_size <= max(limit, largest) + 2000  # and a header
+    assert (len(list(b.glob("*.safetensors"))) > 1) == (
+        sum(array.nbytes for array in tensors.values()) > limit
+    )
     again = HFReader(b)
     assert again.config == reader.config
     same(loaded(write(again, tmp_path / "c", dtype)), prefixed(tensors))
@@ -144,7 +145,9 @@ def test_casts_round_to_nearest_even_and_refuse_what_does_not_fit(tmp_path: Path
     same(found, prefixed({name: array.astype(np.float16) for name, array in tensors.items()}))
     tensors["h.1.mlp.dense_h_to_4h.bias"][3] = 65_520
     reader = HFReader(folder(tmp_path / "c", {"model.safetensors": tensors}))
-    with pytest.raises(InputError, match=r"h\.1\.mlp\.dense_h_to_4h\.bias.* float16: use bfloat16"):
+    with pytest.raises(
+        InputError, match=r"h\.1\.mlp\.dense_h_to_4h\.bias.* float16, found larger: use bfloat16"
+    ):
         write(reader, tmp_path / "d", "float16")
     tensors["h.1.mlp.dense_h_to_4h.bias"][3] = np.inf  # was so before: not ours to judge
     write(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 from hf_folders import config_json, folder, index, shards, weights
@@ -17,6 +18,7 @@ from bloomjax.formats.hf import HFReader
 from bloomjax.formats.hf_config import read_config
 from bloomjax.formats.names import TABLE
 from bloomjax.formats.safetensors import read_header
+from bloomjax.formats.torchfile import Planned, TorchWriter
 from bloomjax.formats.untrusted import member
 
 
@@ -41,6 +43,7 @@ MALFORMED = {
     "header begins with a space": file(b" " + json.dumps(GOOD).encode()),
     "header is a list": file([1, 2]),
     "header is cut off": file(json.dumps(GOOD).encode()[:-5]),
+    "header is UTF-16": file(json.dumps(GOOD).encode("utf-16-le")),
     "header is no UTF-8": file(b'{"\xff\xfe":1}'),
     "a key twice": file(TWICE, 8),
     "metadata that is no string": file({"__metadata__": {"x": 1}, **GOOD}),
@@ -76,12 +79,12 @@ def test_malformed_safetensors(tmp_path: Path, name: str) -> None:
 
 
 def test_the_package_refuses_them_too(tmp_path: Path) -> None:
-    """All but those that no BLOOM looks like, and the space (the format's text forbids it)."""
+    """All but what its text forbids and its code lets pass, and what no BLOOM looks like."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(file(GOOD))
     assert set(read_header(path)) == {name for name, _ in safetensors.deserialize(file(GOOD))}
     ours = {"a name of two lines", "a name of a megabyte", "shape of 100,000 dimensions"}
-    ours |= {"an entry with more keys", "header begins with a space"}
+    ours |= {"an entry with more keys", "header begins with a space", "a key twice"}
     for name, content in MALFORMED.items():
         if name not in ours:
             with pytest.raises(safetensors.SafetensorError):
@@ -215,6 +218,20 @@ def test_tensors_of_another_model(tmp_path: Path) -> None:
     many = {f"{i:02}" * 50: tensors["ln_f.weight"] for i in range(50)}
     c = folder(tmp_path / "c", {"model.safetensors": weights() | many})
     refused(lambda: HFReader(c), "and 42 more")
+
+
+def test_bins_of_something_else(tmp_path: Path) -> None:
+    a = folder(tmp_path / "a", {})
+    for tree, part in (
+        ([1, 2], "found list"),
+        ({"a\nb": 1}, "short name"),
+        ({3: 1}, "names of tensors"),
+        ({"word_embeddings.weight": 1}, "tensor of floats"),
+        ({"word_embeddings.weight": Planned(np.dtype(np.int64), (0,))}, "tensor of floats"),
+    ):
+        (a / "pytorch_model.bin").unlink(missing_ok=True)
+        TorchWriter(a / "pytorch_model.bin", tree).finish()
+        refused(lambda: HFReader(a), part, "pytorch_model.bin")
 
 
 ABSURD: dict[str, Any] = {

@@ -17,7 +17,7 @@ from bloomjax.errors import DoesNotFitError, InputError
 from bloomjax.formats.hf import TOKENIZER
 from bloomjax.formats.hf_config import ORIGIN
 
-_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-][\w./-]*))?", re.ASCII)
+_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-]+(?:[./][\w-]+)*))?", re.ASCII)
 _SIDE = ["config.json", ORIGIN, *TOKENIZER]
 # Weights, the better first. Hub patterns: "*" matches "/" too, so folders are left out afterwards.
 _WEIGHTS = (
@@ -43,17 +43,21 @@ class Remote(NamedTuple):
         )
 
 
-def find(source: str) -> Remote | None:
-    """What a hub id stands for; None if `source` is none, or a path that exists.
+def is_id(source: str) -> bool:
+    """Whether `source` is spelt like a hub id (and a relative path can be: look for that first)."""
+    return _ID.fullmatch(source) is not None
+
+
+def find(source: str) -> Remote:
+    """What a hub id stands for; nothing of it is downloaded.
 
     Where the Hub is off (HF_HUB_OFFLINE=1) or out of reach, the cache answers. InputError if there
     is no such model or revision, or if it has no weights that we read.
     """
-    match = _ID.fullmatch(source)
-    if match is None or os.path.lexists(source):
-        return None
     from huggingface_hub import errors, snapshot_download
 
+    match = _ID.fullmatch(source)
+    assert match, source
     repository, revision = match[1], match[2] or "main"
     patterns = [*_SIDE, *_WEIGHTS[0], *_WEIGHTS[1]]
     try:
@@ -113,13 +117,17 @@ def _cached(source: str, repository: str, revision: str) -> Remote:
     return Remote(repository, revision, folder.name, tuple(sizes), sum(sizes.values()), 0)
 
 
-def fetch(remote: Remote) -> tuple[Path, dict[str, Any]]:
-    """The folder of a model, downloaded as far as the cache lacks it, and its origin.
+def fetch(source: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a model, downloaded as far as the cache lacks it, and its origin. A line on
+    stderr tells the sizes before.
 
-    DoesNotFitError if the disk has no room, InputError if the download breaks off.
+    Raises what `find` does, DoesNotFitError if the disk has no room, and InputError if the download
+    breaks off.
     """
     from huggingface_hub import constants, snapshot_download
 
+    remote = find(source)
+    print(remote, file=sys.stderr, flush=True)
     cache = Path(constants.HF_HUB_CACHE)
     disk = next(path for path in (cache, *cache.parents) if path.exists())
     if (free := shutil.disk_usage(disk).free) < remote.missing:
@@ -149,12 +157,3 @@ def fetch(remote: Remote) -> tuple[Path, dict[str, Any]]:
         "commit": folder.name,
         "sha256": {name: blob for name, blob in links.items() if len(blob) == 64},
     }
-
-
-def resolve(source: str) -> tuple[Path, dict[str, Any]] | None:
-    """`find` and `fetch`, with a line on stderr that tells the sizes first."""
-    remote = find(source)
-    if remote is None:
-        return None
-    print(remote, file=sys.stderr, flush=True)
-    return fetch(remote)

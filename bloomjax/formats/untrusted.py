@@ -75,7 +75,7 @@ def parse_json(raw: bytes, source: object) -> dict[str, Any]:
     if len(raw) > MAX_JSON or sum(map(raw.count, (b"{", b"[", b","))) > _MAX_VALUES:
         raise InputError(f"{source}: expected the JSON of a BLOOM, found one far larger")
     try:
-        parsed = json.loads(raw, object_pairs_hook=_unique)
+        parsed = json.loads(raw.decode(), object_pairs_hook=_unique)  # and never UTF-16
     except RecursionError as error:
         raise InputError(f"{source}: expected JSON, found nesting without end") from error
     except ValueError as error:
