@@ -55,7 +55,7 @@ def main(values: flags.FlagValues) -> None:
         raise ConfigError(f"{missing} is missing: expected --config=FILE.py --workdir=FOLDER")
     config = cli.load_config(values)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_divides(config, mesh)
+    sharding.check_divides(config.model, mesh)
     with jax.set_mesh(mesh):
         train(config, Path(values.workdir), mesh)
 

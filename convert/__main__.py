@@ -8,8 +8,10 @@ exist; it appears when it is complete. What has an optimizer's state becomes, wi
 training state that `bloomjax.train --workdir=DST` continues; with a --dtype, parameters alone.
 """
 
+import functools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
@@ -24,6 +26,7 @@ from bloomjax.formats.megatron import MegatronWriter
 from bloomjax.formats.names import ROWS
 from bloomjax.formats.orbax import OrbaxWriter
 from bloomjax.formats.tensors import DTYPES, KINDS, PARAMS, Reader, Writer
+from bloomjax.metrics import duration
 from bloomjax.source import open_source
 
 from . import job

@@ -46,7 +46,7 @@ class Reader(Protocol):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where it came from (JSON): path, revision, ..., and under "source" the same of what it was
+        """Where it came from (JSON): path, revision, ...; under "source", the same of what it was
         converted from."""
 
     @property
