@@ -72,7 +72,7 @@ def main(values: flags.FlagValues) -> None:
         total, speed = job.size(reader, target.kinds), job.rate(reader, nearest(path))
         say(f"time: about {duration(total / speed)}, at the {speed / 1e6:,.0f} MB/s of a trial")
         return
-    with job.appearing(path, target.size) as new:
+    with job.appearing(path, target.size(reader)) as new:
         writer = target.writer(new, reader)
         digest = job.transfer(reader, writer, target.kinds)
         writer.finish(digest)
@@ -116,23 +116,17 @@ class Target(NamedTuple):
 
     def writer(self, path: Path, reader: Reader) -> Writer:
         config, origin, files = reader.config, reader.origin, reader.tokenizer()
+        about = {"tokenizer": files, "origin": origin, "context_length": reader.context_length}
         if self.format == "orbax":
             progress = reader.progress if len(self.kinds) > 1 else None
-            return OrbaxWriter(
-                path, config, self.dtype, progress=progress, tokenizer=files, origin=origin
-            )
+            return OrbaxWriter(path, config, self.dtype, progress=progress, **about)
         if self.format == "hf":
-            return HFWriter(path, config, self.dtype, tokenizer=files, origin=origin)
+            return HFWriter(path, config, self.dtype, **about)
         if self.format == "megatron":
             step, samples = reader.progress or (0, 0)
-            return MegatronWriter(
-                *(path, config, self.dtype),
-                **dict(tp=self.tp, pp=self.pp, origin=origin, step=step, samples=samples),
-            )
-        return GGUFWriter(
-            *(path, config, self.gguf_type),
-            **dict(tokenizer=files, context_length=2048, name=path.stem, origin=origin),
-        )
+            degrees = {"tp": self.tp, "pp": self.pp, "step": step, "samples": samples}
+            return MegatronWriter(path, config, self.dtype, **degrees, origin=origin)
+        return GGUFWriter(path, config, self.gguf_type, name=path.stem, **about)
 
 
 def describe(source: str, reader: Reader, target: Target) -> str:
