@@ -123,9 +123,12 @@ class GGUFReader:
             )
 
     def _judge_head(self) -> str:
-        """Which of the two copies of the tied embedding to read: the one in the finer kind, since
-        quantisers keep a head finer (Q6_K beside Q4_K), and a finer embedding is nearer to the
-        original too. InputError if they differ by more than quantisation, in a sample of rows.
+        """Which of the two copies of the tied embedding to read.
+
+        Quantisers keep a head finer (Q6_K beside Q4_K), and llama.cpp takes each copy for its own
+        end. The finer one for both is nearer to what llama.cpp computes, and to the model before
+        it was quantised, than the coarser one (tests/oracles/compare_llama_cpp.py). InputError if
+        the two differ by more than quantisation, in a sample of rows.
         """
         names = ROWS["embed"].gguf, HEAD
         embed, head = (self._file.tensors[name] for name in names)
