@@ -75,12 +75,14 @@ class MegatronReader:
         if (folder / "zero").is_dir():
             self._shards = zero.universal(folder / "zero")
         else:
-            tensors = _layer_files(folder)
-            self._shards = zero.partitions(folder, tensors) or {PARAMS: tensors}
+            self._shards = {PARAMS: _layer_files(folder)}
+        self.config = _config(folder, self._shards.get(PARAMS, {}), state)
+        self._check()
+        if not (folder / "zero").is_dir():
+            self._shards |= zero.partitions(folder, self._shards[PARAMS])
+            self._check()
             if MU not in self._shards and any(folder.glob("zero_pp_rank_*")):
                 log.warning("%s: optimizer files of fp16 ZeRO are not read; weights only", folder)
-        self.config = _config(folder, self._shards, state)
-        self._check()
         self.progress = _progress(folder, state) if MU in self._shards else None
         self.origin = {
             "format": self.format,
@@ -141,7 +143,7 @@ def _step_folder(folder: Path) -> Path:
         if (folder / pointer).is_file():
             with open(folder / pointer, "rb") as file:
                 tag = file.read(256).decode(errors="replace").strip()
-            if not re.fullmatch(r"\w[\w.-]*", tag) or not (folder / tag).is_dir():
+            if not re.fullmatch(r"\w[\w.-]{0,199}", tag) or not (folder / tag).is_dir():
                 raise InputError(
                     f"{folder / pointer}: expected the name of a folder beside it, found {tag!r}"
                 )
@@ -204,11 +206,9 @@ def _args(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return args if type(args) is dict else {}
 
 
-def _config(
-    folder: Path, shards: Mapping[str, zero.Names], state: Mapping[Any, Any]
-) -> ModelConfig:
+def _config(folder: Path, tensors: zero.Names, state: Mapping[Any, Any]) -> ModelConfig:
     """Sizes are those of the tensors; the rest is in the arguments, if these are there."""
-    tensors, args = shards.get(PARAMS, {}), _args(state)
+    args = _args(state)
     numbers = [int(name.split(".")[0]) for name in tensors if re.match(r"\d{1,5}\.", name)]
     embed = tensors.get(_TIED + "word_embeddings.weight")
     if not numbers or not embed or len(embed[0].shape) != 2:
