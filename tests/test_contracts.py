@@ -25,7 +25,8 @@ ROOMS = [
     {""},  # the package itself: what `import bloomjax` offers
     {"source"},
     {"decode", "step"},
-    {"loss", "optim", "data", "checkpoint", "formats"},
+    {"formats"},
+    {"loss", "optim", "data", "checkpoint"},
     {"model"},
     {"attention"},
     {"kernels"},
