@@ -54,7 +54,7 @@ def written(shape: tuple[int, ...], dtype: str, tp: int, pp: int) -> list[str]:
         for row, layer in order(config):
             for start, stop in writer.parts(row):
                 writer.write(row, layer, start, source[row.hf.format(layer)][start:stop])
-        writer.finish()
+        writer.finish("")
         step = folder / (folder / "latest").read_text()
         files = {path.name: torch.load(path, weights_only=True) for path in step.iterdir()}
         for path in step.iterdir():

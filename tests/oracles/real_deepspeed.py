@@ -132,7 +132,7 @@ def engine(_: int, folder: pathlib.Path) -> None:
     for row, layer in order(CONFIG):
         for start, stop in writer.parts(row):
             writer.write(row, layer, start, source[row.hf.format(layer)][start:stop])
-    writer.finish()
+    writer.finish("")
 
     def function(x: Any, *_: Any) -> Any:
         return x
