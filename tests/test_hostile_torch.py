@@ -1,5 +1,6 @@
 """Files of torch.save that mean harm, or are damaged: refused in one line, and nothing executed."""
 
+import io
 import os
 import pickle
 import pickletools
@@ -207,6 +208,24 @@ def _patched(what: bytes, offset: int, new: bytes) -> bytes:
 
 
 ENTRY, END, END64 = b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06"
+
+
+def _wide(field: int, form: str) -> bytes:
+    """An archive of one member whose entry has 2^64 - 1 at `field`, in its field for large
+    numbers, `form` being that of an entry's 32 bits there."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled(b"}"))
+    data = stream.getvalue()
+    entry, end = bytearray(data[data.index(ENTRY) : data.index(END)]), data.index(END)
+    extra = struct.pack("<2H", 1, 8 * len(form)) + b"\xff" * 8 * len(form)
+    entry[field : field + 4 * len(form)] = b"\xff" * 4 * len(form)
+    entry[30:32] = struct.pack("<H", len(extra))
+    directory = bytes(entry) + extra
+    tail = data[end : end + 12] + struct.pack("<I", len(directory)) + data[end + 16 :]
+    return data[: data.index(ENTRY)] + directory + tail
+
+
 NO_ZIP = {
     "empty": lambda: b"",
     "four bytes": lambda: b"PK\x03\x04",
@@ -224,6 +243,8 @@ NO_ZIP = {
     "directory far away": lambda: _patched(END64, 48, b"\xff" * 7 + b"\x7f"),
     "two disks": lambda: _patched(END64, 16, b"\x01"),
     "member far away": lambda: _patched(ENTRY, 42, b"\xfe\xff\xff\xff"),
+    "member at 2^64": lambda: _wide(42, "I"),
+    "member of 2^64 bytes": lambda: _wide(20, "II"),
     "member over another": lambda: _patched(ENTRY, 42, bytes(4)),
     "large member": lambda: _patched(ENTRY, 20, b"\xfe\xff\xff\xff" * 2),
     "member of two sizes": lambda: _patched(ENTRY, 20, b"\xfe\xff\xff\xff"),

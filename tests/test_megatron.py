@@ -30,12 +30,12 @@ SHAPES = (
 def written(folder: Path, config: ModelConfig, tensors: dict, dtype: type, **kwargs: int) -> Path:
     """Rows of the tensors through a MegatronWriter into `folder`."""
     writer = MegatronWriter(
-        folder, config, np.dtype(dtype), origin={"path": "x"}, step=3, samples=96, **kwargs
+        folder, config, np.dtype(dtype), origin={"path": "somewhere"}, step=3, samples=96, **kwargs
     )
     for row, layer in order(config):
         for start, stop in writer.parts(row):
             writer.write(row, layer, start, tensors[row.hf.format(layer)][start:stop])
-    writer.finish("")
+    writer.finish("1234")
     return folder
 
 
@@ -245,3 +245,14 @@ def test_layers_of_other_shapes(folder: Path, tmp_path: Path) -> None:
             file.unlink()
         _save(step / name, tree)
         refused(lambda: MegatronReader(step), found)
+
+
+def test_where_it_came_from_is_kept(tmp_path: Path) -> None:
+    tensors = hf_weights(3, 20, 24, 0)
+    folder = written(tmp_path / "x", model_config(**SHAPES[0]), tensors, np.float32, tp=1, pp=1)
+    assert MegatronReader(folder).origin == {
+        "format": "megatron",
+        "path": str(folder / "global_step3"),
+        "iteration": 3,
+        "source": {"path": "somewhere", "sha256": "1234"},
+    }

@@ -6,7 +6,6 @@ than one disk, anything that lies outside of the file. The one invariant: member
 file, apart from each other.
 """
 
-import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from bloomjax.errors import InputError
+from bloomjax.formats.untrusted import opened
 
 DIRECTORY_BYTES, MEMBERS = 16 << 20, 1 << 16
 _END, _END64, _LOCATOR = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q"), 20
@@ -29,10 +29,8 @@ class Member(NamedTuple):
 def members(path: Path) -> dict[str, Member]:
     """The members of the archive by name. InputError if `path` is none, or one of those refused."""
     try:
-        with open(path, "rb") as file:
-            return _members(file)
-    except OSError as error:
-        raise InputError(f"{path}: expected a file to read, found: {error.strerror}") from error
+        with opened(path) as (file, length):
+            return _members(file, length)
     except (ValueError, struct.error) as error:
         raise InputError(
             f"{path}: expected a zip archive as torch.save writes it since torch 1.6, found "
@@ -44,7 +42,7 @@ def content(path: Path, member: Member, limit: int) -> bytes:
     """All bytes of a small member. InputError if it is larger than `limit`, or damaged."""
     if member.size > limit:
         raise InputError(f"{path}: expected at most {limit} bytes, found a member of {member.size}")
-    with open(path, "rb") as file:
+    with opened(path) as (file, _):
         file.seek(member.offset)
         data = file.read(member.size)
     if zlib.crc32(data) != member.crc:
@@ -52,10 +50,10 @@ def content(path: Path, member: Member, limit: int) -> bytes:
     return data
 
 
-def _members(file: BinaryIO) -> dict[str, Member]:
-    if file.read(4) != b"PK\x03\x04":
+def _members(file: BinaryIO, whole: int) -> dict[str, Member]:
+    if file.read(4) != b"PK\x03\x04" or whole < _END.size:
         raise ValueError("other first bytes")
-    count, size, start = _directory(file)
+    count, size, start = _directory(file, whole)
     if size > DIRECTORY_BYTES or count > MEMBERS:
         raise ValueError(f"{count} members in a directory of {size} bytes")
     file.seek(start)
@@ -67,15 +65,15 @@ def _members(file: BinaryIO) -> dict[str, Member]:
     found: dict[str, Member] = {}
     end = 0
     for name, local, length, crc in sorted(entries, key=lambda entry: entry[1]):
-        if local < end:
-            raise ValueError("members that overlap")
+        if not end <= local < start:
+            raise ValueError("members that overlap, or lie outside of it")
         mark, _, flags, method, *_, name_size, extra_size = _unpack(file, _LOCAL, local)
         if mark != b"PK\x03\x04" or method or flags & 1 or file.read(name_size) != name:
             raise ValueError("a member whose header is not that of the directory")
         offset = local + _LOCAL.size + name_size + extra_size
         end = offset + length
         if end > start:
-            raise ValueError("a member that ends outside of the file")
+            raise ValueError("a member that ends outside of it")
         text = name.decode()
         if text in found:
             raise ValueError("a name twice")
@@ -83,10 +81,9 @@ def _members(file: BinaryIO) -> dict[str, Member]:
     return found
 
 
-def _directory(file: BinaryIO) -> tuple[int, int, int]:
+def _directory(file: BinaryIO, whole: int) -> tuple[int, int, int]:
     """Members, bytes and offset of the central directory, which lies before the end records."""
-    length = file.seek(0, os.SEEK_END)
-    end = length - _END.size
+    end = whole - _END.size
     mark, *disks, _, count, size, start, comment = _unpack(file, _END, end)
     if mark != b"PK\x05\x06" or comment:
         raise ValueError("no directory at its end")

@@ -34,6 +34,7 @@ from bloomjax.formats.tensors import (
 )
 from bloomjax.formats.torchfile import Planned, TorchWriter, read_torch
 from bloomjax.formats.unpickle import Stub
+from bloomjax.formats.untrusted import parse_json
 
 PART_BYTES = 16 << 20
 LAST_FILE = 4  # layers + 4 is the number of the last layer file
@@ -84,11 +85,7 @@ class MegatronReader:
             if MU not in self._shards and any(folder.glob("zero_pp_rank_*")):
                 log.warning("%s: optimizer files of fp16 ZeRO are not read; weights only", folder)
         self.progress = _progress(folder, state) if MU in self._shards else None
-        self.origin = {
-            "format": self.format,
-            "path": str(folder),
-            "iteration": _whole(state.get("iteration")),
-        }
+        self.origin = _origin(folder, state)
         length = _whole(_args(state).get("seq_length"))
         self.context_length = length or CONTEXT_LENGTH
 
@@ -250,6 +247,15 @@ def _progress(folder: Path, state: Mapping[Any, Any]) -> Progress:
             "state, in mp_rank_00_model_states.pt, found none"
         )
     return Progress(step, samples)
+
+
+def _origin(folder: Path, state: Mapping[Any, Any]) -> dict[str, Any]:
+    origin: dict[str, Any] = {"format": "megatron", "path": str(folder)}
+    origin["iteration"] = _whole(state.get("iteration"))
+    match state.get("bloomjax"):
+        case {"origin": str(source)}:
+            origin["source"] = parse_json(source.encode(errors="replace"), folder)
+    return origin
 
 
 def _whole(value: Any) -> int | None:
