@@ -39,6 +39,11 @@ class GGUFReader:
             raise InputError(
                 f"{path}: expected general.architecture bloom, found {architecture[:40]!r}"
             )
+        if (split := file.get("split.count", int, 1)) > 1:
+            raise InputError(
+                f"{path}: expected a whole model, found one of {split} parts: join them with "
+                "llama-gguf-split --merge"
+            )
         embed = file.tensors.get(ROWS["embed"].gguf)
         width, heads = (file.get(f"bloom.{key}", int) for key in _SIZES)
         epsilon = file.get("bloom.attention.layer_norm_epsilon", float)
@@ -98,7 +103,7 @@ class GGUFReader:
 
     def tokenizer(self) -> dict[str, bytes]:
         """See `formats.tensors.Reader`; made anew from the metadata `tokenizer.ggml.*`."""
-        return from_gguf(self._file)
+        return from_gguf(self._file, self.config.vocab_size)
 
     def _tensor(self, row: Row, layer: int) -> Tensor:
         name = self._embed if row.path == "embed" else row.gguf.format(layer)
