@@ -18,6 +18,7 @@ from bloomjax.formats.names import HEADS, ROWS, Row
 from bloomjax.formats.tensors import DTYPES, PARAMS, Stored, check_tensors, model_config, order
 
 HEAD = HEADS[1]  # what GGUF calls a copy of the embedding
+_MAX_NOTE = 10_000  # characters of a piece of provenance
 _SAMPLE = 256  # rows of a head that are compared with the embedding's
 
 
@@ -45,7 +46,8 @@ class GGUFReader:
                 "llama-gguf-split --merge"
             )
         embed = file.tensors.get(ROWS["embed"].gguf)
-        width, heads = (file.get(f"bloom.{key}", int) for key in _SIZES)
+        width = file.get("bloom.embedding_length", int)
+        heads = file.get("bloom.attention.head_count", int)
         epsilon = file.get("bloom.attention.layer_norm_epsilon", float)
         self.config = model_config(
             path,
@@ -72,16 +74,18 @@ class GGUFReader:
             package(path)
         self._embed = self._judge_head() if twice else ROWS["embed"].gguf
         self.origin: dict[str, Any] = {"format": self.format, "path": str(path)} | {
-            key: value[:1000]
+            key: value
             for key, value in file.values.items()
             if key.startswith(("general.", "bloomjax.")) and type(value) is str
+            if len(value) < _MAX_NOTE
         }
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         """The stored one; float32 where a layer is quantised, or layers are stored differently."""
         del kind  # PARAMS is the only one
-        found = {self._tensor(row, layer).kind.dtype for layer in row.layers(self.config)}
-        return found.pop() or DTYPES["float32"] if len(found) == 1 else DTYPES["float32"]
+        stored = {self._tensor(row, layer).kind.dtype for layer in row.layers(self.config)}
+        (one,) = stored if len(stored) == 1 else (None,)
+        return DTYPES["float32"] if one is None else one
 
     def read(self, row: Row, layer: int, start: int, stop: int, kind: str = PARAMS) -> np.ndarray:
         """See `formats.tensors.Reader`."""
@@ -139,16 +143,13 @@ class GGUFReader:
             for t in (embed, head)
         )
         difference, size = np.linalg.norm(a - b), np.linalg.norm(a)
-        # Q2_K, the coarsest, is off by a fourth; independent matrices differ by 1.4 of their size
+        # Q2_K, the coarsest, is off by 0.3 of its size; independent matrices differ by 1.4
         if not difference <= _tolerance(embed.kind, head.kind) * size:
             raise InputError(
                 f"{self._file.path}: expected {HEAD} to be a copy of {names[0]}, as BLOOM's is "
                 "tied, found another matrix: such a model cannot be loaded"
             )
         return names[head.nbytes > embed.nbytes]
-
-
-_SIZES = ("embedding_length", "attention.head_count")
 
 
 def _tolerance(a: Kind, b: Kind) -> float:
