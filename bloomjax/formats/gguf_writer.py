@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from bloomjax.config import ModelConfig
@@ -144,27 +145,28 @@ class GGUFWriter:
         return KINDS["Q8_0"] if embedding else self._kind
 
     def _cast(self, name: str, kind: Kind, rows: np.ndarray) -> np.ndarray:
-        if kind.dtype is not None:
-            with np.errstate(over="ignore"):
-                out = rows.astype(kind.dtype, copy=False)
-            lost = np.isfinite(rows) & ~np.isfinite(out)
-        else:  # scales of blocks are float16, and take no infinities
-            lost = ~(np.abs(rows) <= np.finfo(np.float16).max)
-        if lost.any():
+        if rows.dtype == kind.dtype:
+            return rows
+        rows = rows.astype(np.float32, copy=False)
+        if rows.dtype == kind.dtype:
+            return rows
+        most = float(ml_dtypes.finfo(kind.dtype or np.float16).max)  # float16: scales of blocks
+        least, largest = rows.min(), rows.max()
+        if not -most <= least <= largest <= most:
+            found = largest if -most <= least else least
             raise InputError(
-                f"{name}: expected numbers that {kind.name} holds, found {rows[lost].flat[0]}: "
-                "write bf16 or f32"
+                f"{name}: expected numbers that {kind.name} holds, found {found}: write bf16 or f32"
             )
-        if kind.dtype is None:
-            quants = package(self._path)
-            whole = rows.astype(np.float32, copy=False)
-            out = quants.quantize(whole, quants.GGMLQuantizationType(kind.number))
-        return out
+        if kind.dtype is not None:
+            return rows.astype(kind.dtype)
+        quants = package(self._path)
+        return quants.quantize(rows, quants.GGMLQuantizationType(kind.number))
 
     def _put(self, tensor: Tensor, start: int, rows: np.ndarray) -> None:
-        self._pwrite(rows.tobytes(), tensor.offset + start * (tensor.nbytes // tensor.shape[0]))
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        self._pwrite(data, tensor.offset + start * (tensor.nbytes // tensor.shape[0]))
 
-    def _pwrite(self, data: bytes, offset: int) -> None:
+    def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
         while view:
             done = os.pwrite(self._file.fileno(), view, offset)
