@@ -79,7 +79,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub
         tmp_path / "made", {"model.safetensors": weights(), "pytorch_model.bin": weights()}
     )
     files = {file.name: file.read_bytes() for file in made.iterdir()}
-    others = ("README.md", "flax_model.msgpack", "bloom.Q8_0.gguf", "onnx/model.safetensors")
+    others = ["README.md", "flax_model.msgpack", "bloom.Q8_0.gguf", "onnx/model.safetensors"]
+    others.append("model-old/1-of-2.safetensors")
     files |= {name: b"not for us" for name in others}
     handler = type("OneHub", (Hub,), {"files": files, "served": []})
     running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
