@@ -24,11 +24,15 @@ from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
 from bloomjax.decode.engine import GREEDY, Engine, Fresh
 from bloomjax.decode.sampling import Sampling
 from bloomjax.errors import InputError
+from bloomjax.formats import hub
+from bloomjax.formats.gguf import GGUFReader
+from bloomjax.formats.hf import HFReader
+from bloomjax.formats.megatron import MegatronReader
 from bloomjax.formats.names import TABLE, Row, nest
 from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader
 from bloomjax.formats.tensors import Reader
 from bloomjax.model import Params
-from bloomjax.sharding import make_mesh, put
+from bloomjax.sharding import check_divides, make_mesh, put
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +94,6 @@ def open_source(source: str | Path) -> Reader:
     Headers are read, and of our own checkpoints every byte verified. InputError if there is no
     model there.
     """
-    from bloomjax.formats import hub
-    from bloomjax.formats.gguf import GGUFReader
-    from bloomjax.formats.hf import HFReader
-    from bloomjax.formats.megatron import MegatronReader
-
     path = Path(source)
     if is_run(path):
         return OrbaxReader(path)
@@ -155,6 +154,7 @@ def read_params(reader: Reader, config: ModelConfig, mesh: Mesh) -> Params:
     Every process calls it. Of each tensor it reads the rows that fall to its devices, in the order
     of the mesh, so all of them read it once; vectors, which are small, are read by all.
     """
+    check_divides(config, mesh)
     shapes, dtype = model.abstract_params(config, mesh), model.compute_dtype(config)
     flat = {}
     for row in TABLE:

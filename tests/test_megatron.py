@@ -1,13 +1,16 @@
 """Megatron-DeepSpeed's folders: what is written is read back bit for bit at any degrees, and what
 BigScience's stack would have written gives the parameters and moments that it was made from."""
 
+import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers import model_config
+from hostile import refused
 from oracles import megatron_tensors as made
 from oracles.weights import hf_weights
 
@@ -15,7 +18,7 @@ from bloomjax.config import ModelConfig
 from bloomjax.errors import ConfigError
 from bloomjax.formats.megatron import MegatronReader, MegatronWriter
 from bloomjax.formats.tensors import KINDS, order
-from bloomjax.formats.torchfile import read_torch
+from bloomjax.formats.torchfile import Planned, TorchWriter, read_torch
 
 BFLOAT16 = ml_dtypes.bfloat16
 SHAPES = (
@@ -108,3 +111,137 @@ def test_layer_files_are_merged_as_the_hubs_converter_did(
         rows = reader.read(row, layer, 0, len(whole))
         assert rows.dtype == whole.dtype == BFLOAT16
         assert np.array_equal(rows, whole)
+
+
+def _copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to / "copy"))
+
+
+def test_a_lost_file_is_named(folder: Path, tmp_path: Path) -> None:
+    step = _copy(folder, tmp_path) / "global_step7"
+    for name, found in (
+        ("layer_03-model_01-model_states.pt", "ranks 1, 1"),
+        ("bf16_zero_pp_rank_1_mp_rank_02_optim_states.pt", "ranks 2, 1"),
+        ("mp_rank_00_model_states.pt", "num_attention_heads"),
+    ):
+        data = (step / name).read_bytes()
+        (step / name).unlink()
+        refused(lambda: MegatronReader(step), "expected", found)
+        (step / name).write_bytes(data)
+    for rank in (0, 1):
+        (step / f"layer_04-model_{rank:02d}-model_states.pt").unlink()
+    refused(lambda: MegatronReader(step), "4.input_layernorm.weight is missing")
+
+
+def test_a_lost_file_of_the_universal_form(folder: Path, tmp_path: Path) -> None:
+    step = _copy(folder, tmp_path) / "global_step7_universal"
+    (step / "zero" / "4.mlp.dense_4h_to_h.bias" / "exp_avg.pt").unlink()
+    refused(lambda: MegatronReader(step), "4.mlp.dense_4h_to_h.bias is missing")
+
+
+def test_pointers_stay_in_their_folder(folder: Path, tmp_path: Path) -> None:
+    copy = _copy(folder, tmp_path)
+    (tmp_path / "outside").mkdir()
+    for tag in ("../outside", str(tmp_path / "outside"), "", ".", "..", "global_step8", "x" * 5000):
+        (copy / "latest").write_text(tag)
+        refused(lambda: MegatronReader(copy), "expected the name of a folder")
+    (copy / "latest").unlink()
+    assert MegatronReader(copy).origin["path"] == str(copy / "global_step7_universal")
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    refused(lambda: MegatronReader(tmp_path), "neither layer files nor `latest`")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    refused(lambda: MegatronReader(tmp_path), "Megatron without DeepSpeed")
+
+
+def _save(path: Path, tree: Any) -> None:
+    """With zeros for tensors."""
+    writer, leaves = TorchWriter(path, tree), [tree]
+    while leaves:
+        leaf = leaves.pop(0)
+        if isinstance(leaf, Planned):
+            writer.write(np.zeros(leaf.shape, leaf.dtype))
+        elif isinstance(leaf, dict | list):
+            leaves[:0] = leaf.values() if isinstance(leaf, dict) else leaf
+    writer.finish()
+
+
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        ({"num_attention_heads": 10**9}, "heads"),
+        ({"num_attention_heads": 5}, "divide"),
+        ({"num_attention_heads": "4"}, "heads"),
+        ({"num_attention_heads": 4, "layernorm_epsilon": 0.0}, "epsilon"),
+        ({"num_attention_heads": 4, "layernorm_epsilon": float("nan")}, "layernorm_epsilon"),
+        ({"num_attention_heads": 4, "hidden_dropout": [1]}, "hidden_dropout"),
+        ({"num_attention_heads": 4}, "iteration"),
+        ([], "num_attention_heads"),
+    ],
+)
+def test_absurd_arguments(folder: Path, tmp_path: Path, args: Any, found: str) -> None:
+    step = _copy(folder, tmp_path) / "global_step7"
+    _save(step / "mp_rank_00_model_states.pt", {"args": args})
+    refused(lambda: MegatronReader(step), found)
+
+
+def _optimizer(**changes: Any) -> dict[str, Any]:
+    flat = Planned(np.dtype(np.float32), (100,))
+    fields = {
+        "single_partition_of_fp32_groups": [flat],
+        "base_optimizer_state": {"state": {0: {"exp_avg": flat, "exp_avg_sq": flat}}},
+        "param_slice_mappings": [{}],
+    }
+    return {"optimizer_state_dict": fields | changes}
+
+
+@pytest.mark.parametrize(
+    ("tree", "found"),
+    [
+        ([], "another optimizer"),
+        ({"optimizer_state_dict": 5}, "another optimizer"),
+        (_optimizer(param_slice_mappings=7), "another optimizer"),
+        (_optimizer(param_slice_mappings=[{"x": {"start": 0, "numel": 9}}]), "another optimizer"),
+        (_optimizer(base_optimizer_state={"state": []}), "another optimizer"),
+        (_optimizer(), "elements of"),
+    ],
+)
+def test_absurd_optimizer_files(folder: Path, tmp_path: Path, tree: Any, found: str) -> None:
+    step = _copy(folder, tmp_path) / "global_step7"
+    _save(step / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", tree)
+    refused(lambda: MegatronReader(step), found)
+
+
+@pytest.mark.parametrize(
+    ("start", "count"), [(0, 10**9), (-1, 5), (10**9, 5), (0, -5), (0, 7), (1, None), (True, 5)]
+)
+def test_pieces_stay_in_their_partition(
+    folder: Path, tmp_path: Path, start: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> Any:
+        tree = read_torch(path)
+        if "optim" in path.name:
+            mapping = tree["optimizer_state_dict"]["param_slice_mappings"][0]
+            next(iter(mapping.values())).state.update(start=start, numel=count)
+        return tree
+
+    monkeypatch.setattr("bloomjax.formats.zero.read_torch", read)
+    refused(lambda: MegatronReader(folder))
+
+
+def test_layers_of_other_shapes(folder: Path, tmp_path: Path) -> None:
+    step = _copy(folder, tmp_path) / "global_step7"
+    f32, name = np.dtype(np.float32), "layer_06-model_01-model_states.pt"
+    for tree, found in (
+        ({"weight": Planned(f32, (12,)), "bias": Planned(f32, (13,))}, "6.bias in one shape"),
+        ({"weight": Planned(f32, (12,)), "bias": Planned(f32, (12,))}, "the same in all layers"),
+        ({"weight": Planned(f32, (12,)), "bias": "x"}, "tensors by name"),
+        ([], "tensors by name"),
+        ({"weight": Planned(f32, (12,))}, "6.bias in one shape"),
+        ({"weight": Planned(f32, (12,)), "x": Planned(f32, (12,))}, "6.bias in one shape"),
+    ):
+        for file in step.glob("bf16_*"):
+            file.unlink()
+        _save(step / name, tree)
+        refused(lambda: MegatronReader(step), found)

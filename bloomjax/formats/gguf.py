@@ -17,6 +17,7 @@ from bloomjax.formats.gguf_tokenizer import from_gguf
 from bloomjax.formats.names import HEADS, ROWS, Row
 from bloomjax.formats.tensors import DTYPES, PARAMS, Stored, check_tensors, model_config, order
 
+ORIGIN = "bloomjax.origin"  # JSON: where the weights came from
 HEAD = HEADS[1]  # what GGUF calls a copy of the embedding
 _SAMPLE = 256  # rows of a head that are compared with the embedding's
 
@@ -66,11 +67,15 @@ class GGUFReader:
         if any(tensor.kind.dtype is None for tensor in file.tensors.values()):
             package(path)
         self._embed = self._judge_head() if twice else ROWS["embed"].gguf
+        length = file.get("bloom.context_length", int, 0)  # often the width, by mistake
+        self.context_length = length if length not in (0, width) else CONTEXT_LENGTH
         self.origin: dict[str, Any] = {"format": self.format, "path": str(path)} | {
             key: value[:1000]
             for key, value in file.values.items()
-            if key.startswith(("general.", "bloomjax.")) and type(value) is str
+            if key.startswith("general.") and type(value) is str
         }
+        with contextlib.suppress(ValueError, RecursionError):
+            self.origin["source"] = json.loads(file.get(ORIGIN, str, ""))
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         """The stored one; float32 where a layer is quantised, or layers are stored differently."""
@@ -118,9 +123,12 @@ class GGUFReader:
             )
 
     def _judge_head(self) -> str:
-        """Which of the two copies of the tied embedding to read: the one in the finer kind, since
-        quantisers keep a head finer (Q6_K beside Q4_K), and a finer embedding is nearer to the
-        original too. InputError if they differ by more than quantisation, in a sample of rows.
+        """Which of the two copies of the tied embedding to read.
+
+        Quantisers keep a head finer (Q6_K beside Q4_K), and llama.cpp takes each copy for its own
+        end. The finer one for both is nearer to what llama.cpp computes, and to the model before
+        it was quantised, than the coarser one (tests/oracles/compare_llama_cpp.py). InputError if
+        the two differ by more than quantisation, in a sample of rows.
         """
         names = ROWS["embed"].gguf, HEAD
         embed, head = (self._file.tensors[name] for name in names)

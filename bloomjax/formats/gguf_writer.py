@@ -17,7 +17,7 @@ import numpy as np
 
 from bloomjax.config import ModelConfig
 from bloomjax.errors import ConfigError, InputError
-from bloomjax.formats.gguf import package
+from bloomjax.formats.gguf import ORIGIN, package
 from bloomjax.formats.gguf_file import (
     FLOAT32,
     KINDS,
@@ -79,7 +79,7 @@ class GGUFWriter:
             "general.name": (STRING, name),
             **({"general.license": (STRING, license)} if license else {}),
             **({"general.source.url": (STRING, source)} if source else {}),
-            "bloomjax.origin": (STRING, json.dumps(origin, sort_keys=True)),
+            ORIGIN: (STRING, _origin(origin, "0" * 64)),  # as long as it will be
             "general.file_type": (UINT32, FILE_TYPES[kind]),
             "general.quantization_version": (UINT32, _QUANTISATION_VERSION),
             "bloom.context_length": (UINT32, context_length),
@@ -95,6 +95,7 @@ class GGUFWriter:
             (row.gguf.format(layer), self._kind_of(row), row.shape(config.sizes))
             for row, layer in order(config)
         ]
+        self._origin, self._values, self._layout = origin, values, tensors
         data, self._tensors = header(values, tensors)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (until `finish`)
         self._pwrite(data, 0)
@@ -119,8 +120,19 @@ class GGUFWriter:
             run = triple[:, i].reshape(heads * each, *data.shape[1:])
             self._put(tensor, i * sizes["D"] + start // 3, run)
 
-    def finish(self) -> None:
+    def stored(self, row: Row, rows: np.ndarray) -> np.ndarray:
         """See `formats.tensors.Writer`."""
+        kind = self._kind_of(row)
+        data = self._cast(row.gguf, kind, rows)
+        if kind.dtype is not None:
+            return data
+        quants = package(self._path)
+        return quants.dequantize(data, quants.GGMLQuantizationType(kind.number))
+
+    def finish(self, sha256: str) -> None:
+        """See `formats.tensors.Writer`."""
+        self._values[ORIGIN] = STRING, _origin(self._origin, sha256)
+        self._pwrite(header(self._values, self._layout)[0], 0)
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -159,3 +171,7 @@ class GGUFWriter:
         while view:
             done = os.pwrite(self._file.fileno(), view, offset)
             view, offset = view[done:], offset + done
+
+
+def _origin(origin: Mapping[str, Any], sha256: str) -> str:
+    return json.dumps({**origin, "sha256": sha256}, sort_keys=True)

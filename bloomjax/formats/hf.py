@@ -15,7 +15,7 @@ import numpy as np
 from bloomjax.config import ModelConfig
 from bloomjax.errors import InputError
 from bloomjax.formats import safetensors, tensors
-from bloomjax.formats.hf_config import ORIGIN, as_json, read_config, side_files
+from bloomjax.formats.hf_config import ORIGIN, as_json, read_config, read_context_length, side_files
 from bloomjax.formats.names import HEADS, TABLE, Row
 from bloomjax.formats.tensors import DTYPES, PARAMS, Progress, Stored
 from bloomjax.formats.torchfile import read_torch
@@ -55,8 +55,9 @@ class HFReader:
             "path": str(folder),
             "files": {file.name: file.stat().st_size for file in files},
             **(origin or {}),
-            **({"before": read_json(before)} if before else {}),
+            **({"source": read_json(before)} if before else {}),
         }
+        self.context_length = read_context_length(folder)
 
     def _at(self, row: Row, layer: int) -> Stored:
         return self._stored[row.hf.format(layer)]
@@ -186,6 +187,7 @@ class HFWriter:
         *,
         tokenizer: Mapping[str, bytes],
         origin: Mapping[str, Any],
+        context_length: int,
         max_shard_bytes: int = 5_000_000_000,
     ):
         """`tokenizer` and `origin` are those of the reader. All files of weights are made here, in
@@ -207,13 +209,13 @@ class HFWriter:
         self._stored: dict[str, Stored] = {}
         for name, shard in zip(names, shards, strict=True):
             self._stored |= safetensors.create(folder / name, shard)
-        self._side = side_files(config, dtype, tokenizer, origin)
+        self._side = functools.partial(side_files, config, dtype, tokenizer, context_length)
+        self._origin = origin
+        self._index: dict[str, Any] = {}
         if len(shards) > 1:
-            places = {name: stored.file.name for name, stored in self._stored.items()}
             total = config.parameter_count * dtype.itemsize
-            self._side["model.safetensors.index.json"] = as_json(
-                {"metadata": {"total_size": total}, "weight_map": places}
-            )
+            places = {name: stored.file.name for name, stored in self._stored.items()}
+            self._index = {"metadata": {"total_size": total}, "weight_map": places}
 
     def parts(self, row: Row, kind: str = PARAMS) -> Iterator[tuple[int, int]]:
         return tensors.parts(row, self._sizes, 4, _SLICE)
@@ -223,12 +225,12 @@ class HFWriter:
         rows = tensors.cast(rows, self._dtype, name)
         safetensors.write_rows(self._stored[PREFIX + name], start, rows)
 
-    def finish(self) -> None:
-        for name, content in self._side.items():
+    def stored(self, row: Row, rows: np.ndarray) -> np.ndarray:
+        return tensors.cast(rows, self._dtype, row.hf)
+
+    def finish(self, sha256: str) -> None:
+        files = self._side({**self._origin, "sha256": sha256})
+        if self._index:
+            files["model.safetensors.index.json"] = as_json(self._index)
+        for name, content in files.items():
             (self._folder / name).write_bytes(content)
-        for path in (*self._folder.iterdir(), self._folder):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)

@@ -95,6 +95,12 @@ def read_config(folder: Path) -> ModelConfig:
     return model
 
 
+def read_context_length(folder: Path) -> int:
+    """`seq_length` of the config.json of a folder; that of BLOOM's training if it has none."""
+    found = read_json(folder / "config.json").get("seq_length")
+    return found if type(found) is int and 0 < found < 1 << 24 else tensors.CONTEXT_LENGTH
+
+
 def _one(path: Path, config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     """The value that goes by any of these names."""
     found = [config[name] for name in names if config.get(name) is not None]
@@ -107,6 +113,7 @@ def side_files(
     config: ModelConfig,
     dtype: np.dtype,
     tokenizer: Mapping[str, bytes],
+    context_length: int,
     origin: Mapping[str, Any],
 ) -> dict[str, bytes]:
     """All files of a folder but the weights: config, generation config, the
@@ -128,7 +135,7 @@ def side_files(
         "attention_softmax_in_fp32": True,
         "masked_softmax_fusion": True,
         "pretraining_tp": 1,
-        "seq_length": 2048,  # of all that were published; ALiBi has no limit of its own
+        "seq_length": context_length,
         "slow_but_exact": False,
         "tie_word_embeddings": True,
         "use_cache": True,

@@ -6,6 +6,7 @@ BLOOM's runs drifted apart, BigScience's converter averages it. The files of the
 of `formats.zero`. The one invariant: tensors are merged as that converter does it, bit for bit.
 """
 
+import functools
 import json
 import logging
 import re
@@ -20,11 +21,13 @@ from bloomjax.errors import ConfigError, InputError
 from bloomjax.formats import zero
 from bloomjax.formats.names import TABLE, Row
 from bloomjax.formats.tensors import (
+    CONTEXT_LENGTH,
     DTYPES,
     MU,
     PARAMS,
     Progress,
     Stored,
+    cast,
     check_tensors,
     model_config,
     parts,
@@ -72,14 +75,22 @@ class MegatronReader:
         if (folder / "zero").is_dir():
             self._shards = zero.universal(folder / "zero")
         else:
-            tensors = _layer_files(folder)
-            self._shards = zero.partitions(folder, tensors) or {PARAMS: tensors}
+            self._shards = {PARAMS: _layer_files(folder)}
+        self.config = _config(folder, self._shards.get(PARAMS, {}), state)
+        self._check()
+        if not (folder / "zero").is_dir():
+            self._shards |= zero.partitions(folder, self._shards[PARAMS])
+            self._check()
             if MU not in self._shards and any(folder.glob("zero_pp_rank_*")):
                 log.warning("%s: optimizer files of fp16 ZeRO are not read; weights only", folder)
-        self.config = _config(folder, self._shards, state)
-        self._check()
         self.progress = _progress(folder, state) if MU in self._shards else None
-        self.origin = {"path": str(folder), "iteration": _whole(state.get("iteration"))}
+        self.origin = {
+            "format": self.format,
+            "path": str(folder),
+            "iteration": _whole(state.get("iteration")),
+        }
+        length = _whole(_args(state).get("seq_length"))
+        self.context_length = length or CONTEXT_LENGTH
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         return self._of(row, 0, kind)[0].dtype
@@ -132,7 +143,7 @@ def _step_folder(folder: Path) -> Path:
         if (folder / pointer).is_file():
             with open(folder / pointer, "rb") as file:
                 tag = file.read(256).decode(errors="replace").strip()
-            if not re.fullmatch(r"\w[\w.-]*", tag) or not (folder / tag).is_dir():
+            if not re.fullmatch(r"\w[\w.-]{0,199}", tag) or not (folder / tag).is_dir():
                 raise InputError(
                     f"{folder / pointer}: expected the name of a folder beside it, found {tag!r}"
                 )
@@ -195,11 +206,9 @@ def _args(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return args if type(args) is dict else {}
 
 
-def _config(
-    folder: Path, shards: Mapping[str, zero.Names], state: Mapping[Any, Any]
-) -> ModelConfig:
+def _config(folder: Path, tensors: zero.Names, state: Mapping[Any, Any]) -> ModelConfig:
     """Sizes are those of the tensors; the rest is in the arguments, if these are there."""
-    tensors, args = shards.get(PARAMS, {}), _args(state)
+    args = _args(state)
     numbers = [int(name.split(".")[0]) for name in tensors if re.match(r"\d{1,5}\.", name)]
     embed = tensors.get(_TIED + "word_embeddings.weight")
     if not numbers or not embed or len(embed[0].shape) != 2:
@@ -278,7 +287,8 @@ class MegatronWriter:
             raise ConfigError(f"pp is {pp}: expected 1 to {config.layers}, the number of layers")
         self._folder, self._tag = folder, f"global_step{step}"
         self._config, self._dtype, self._tp, self._pp = config, dtype, tp, pp
-        self._state = _loadable(config, tp * pp, origin, step, samples)
+        self._state = functools.partial(_loadable, config, tp * pp, step, samples)
+        self._origin = origin
         self._number: int | None = None  # of the layer files that are open
         self._files: list[TorchWriter] = []
         (folder / self._tag).mkdir(parents=True)
@@ -292,7 +302,7 @@ class MegatronWriter:
             self._close()
             self._number = number
             self._files = [self._open(number, rank) for rank in range(self._tp)]
-        rows = rows.astype(self._dtype, copy=False)
+        rows = self.stored(row, rows)
         each = row.shape(self._config.sizes)[0] // self._tp
         for rank, file in enumerate(self._files):
             if row.split == 1:
@@ -304,11 +314,15 @@ class MegatronWriter:
             else:
                 file.write(rows)
 
-    def finish(self) -> None:
+    def stored(self, row: Row, rows: np.ndarray) -> np.ndarray:
+        return cast(rows, self._dtype, row.path)
+
+    def finish(self, sha256: str) -> None:
         self._close()
+        state = self._state({**self._origin, "sha256": sha256})
         for rank in range(self._tp * self._pp):
             path = self._folder / self._tag / f"mp_rank_{rank:02d}_model_states.pt"
-            TorchWriter(path, self._state).finish()
+            TorchWriter(path, state).finish()
         (self._folder / "latest").write_text(self._tag)
 
     def _open(self, number: int, rank: int) -> TorchWriter:
@@ -333,7 +347,7 @@ class MegatronWriter:
 
 
 def _loadable(
-    config: ModelConfig, ranks: int, origin: Mapping[str, Any], step: int, samples: int
+    config: ModelConfig, ranks: int, step: int, samples: int, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What DeepSpeed's engine and Megatron's load_checkpoint ask of mp_rank_RR_model_states.pt."""
     padded = config.vocab_size

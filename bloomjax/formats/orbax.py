@@ -7,7 +7,7 @@ The one invariant: every file is hashed and synced before the manifest names it.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ class OrbaxReader:
             self.progress = Progress(step_, samples)
         self.origin = {"format": "orbax", "path": str(self._path), "step": manifest["step"]}
         self.origin |= {"source": meta["origin"]} if "origin" in meta else {}
+        length = meta.get("config", {}).get("data", {}).get("sequence_length")
+        self.context_length = length or meta.get("context_length") or tensors.CONTEXT_LENGTH
         self._arrays = {
             f"{kind}.{row.path}": self._open(f"{kind}.{row.path}")
             for kind in kinds
@@ -109,9 +111,11 @@ class OrbaxWriter:
         *,
         progress: Progress | None,
         tokenizer: dict[str, bytes],
-        origin: dict[str, Any],
+        origin: Mapping[str, Any],
+        context_length: int,
     ):
         self._config, self._progress, self._origin = config, progress, origin
+        self._context_length = context_length
         self._kinds = tensors.KINDS if progress else (PARAMS,)
         self._dtype = np.dtype(np.float32) if progress else dtype
         self._step = progress.step if progress else 0
@@ -203,7 +207,10 @@ class OrbaxWriter:
 
         self._hashes.append(self._hashing.submit(entry))
 
-    def finish(self) -> None:
+    def stored(self, row: Row, rows: np.ndarray) -> np.ndarray:
+        return tensors.cast(rows, self._dtype, row.path)
+
+    def finish(self, sha256: str) -> None:
         for name, vector in self._vectors.items():
             self._arrays[name].write(vector).result()
         scalars = {}
@@ -223,7 +230,11 @@ class OrbaxWriter:
         self._hashing.shutdown()
         left = manifests.sizes(self._path).keys() - files.keys()
         files |= manifests.entries(self._path, left)
-        meta: dict[str, Any] = {"config": self._saved, "origin": self._origin}
+        meta = {
+            "config": self._saved,
+            "context_length": self._context_length,
+            "origin": {**self._origin, "sha256": sha256},
+        }
         if not self._progress:
             meta["params"] = str(self._dtype)
         else:

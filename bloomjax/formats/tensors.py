@@ -19,6 +19,7 @@ from bloomjax.config import ModelConfig, base_config, freeze
 from bloomjax.errors import InputError
 from bloomjax.formats.names import TABLE, Row, Sizes
 
+CONTEXT_LENGTH = 2048  # of BLOOM's training, and of whatever does not say
 PARAMS, MU, NU = KINDS = ("params", "moments.mu", "moments.nu")
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -37,10 +38,25 @@ class Progress(NamedTuple):
 class Reader(Protocol):
     """A model in some format, opened. `read` may be called by several threads at a time."""
 
-    format: str  # as --to names it
-    config: ModelConfig
-    origin: dict[str, Any]  # where it came from (JSON): path, revision, ...
-    progress: Progress | None  # None: no optimizer state, and PARAMS is the only kind
+    @property
+    def format(self) -> str:
+        """As --to names it."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where it came from (JSON): path, revision, ...; under "source", the same of what it was
+        converted from."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a row in training, as far as the source says; with ALiBi no limit."""
+
+    @property
+    def progress(self) -> Progress | None:
+        """None: it has no optimizer state, and PARAMS is the only kind."""
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         """Of what `read` returns."""
@@ -63,8 +79,11 @@ class Writer(Protocol):
     def write(self, row: Row, layer: int, start: int, rows: np.ndarray, kind: str = PARAMS) -> None:
         """Rows of `row.theirs` from `start` on, cast to what is being written. By one thread."""
 
-    def finish(self) -> None:
-        """All tensors have been written: complete the files and sync them to disk."""
+    def stored(self, row: Row, rows: np.ndarray) -> np.ndarray:
+        """What a reader of the written file gives for these rows: cast, or quantised and back."""
+
+    def finish(self, sha256: str) -> None:
+        """All tensors have been written: complete the files, with the digest of what was read."""
 
 
 def parts(row: Row, sizes: Sizes, itemsize: int, limit: int) -> Iterator[tuple[int, int]]:

@@ -153,7 +153,11 @@ def _stored(
 ) -> Stored:
     """InputError unless the tensor lies in its storage, in one piece."""
     whole = all(type(x) is int and 0 <= x < 1 << 48 for x in (offset, *shape, *stride))
-    if not whole or len(shape) != len(stride) or len(shape) > 8:
+    if (
+        not whole
+        or not len(shape) == len(stride) <= 8
+        or math.prod(filter(None, shape)) >= 1 << 48  # an empty tensor may not overflow either
+    ):
         raise InputError("expected a tensor's shape and strides, found no such numbers")
     numel = math.prod(shape)
     if offset + numel > storage.numel:

@@ -90,15 +90,14 @@ def partitions(folder: Path, layers: Mapping[str, list[Stored]]) -> dict[str, Na
                 pieces.setdefault((kind, name), [[] for _ in range(tp)])[t].append(piece)
     found: dict[str, Names] = {kind: {} for kind in UNIVERSAL}
     for (kind, name), shards in pieces.items():
-        shape = layers[name][0].shape if name in layers else ()
-        for shard in shards:
-            count = sum(piece.shape[0] for piece in shard)
-            if count != math.prod(shape) or not shape:
-                raise InputError(
-                    f"{folder}: expected {math.prod(shape)} elements of {name} in the optimizer's "
-                    f"files, found {count}: are all files of the same step?"
-                )
-        found[kind][name] = [Pieces(tuple(shard), shard[0].dtype, shape) for shard in shards]
+        counts = [sum(piece.shape[0] for piece in shard) for shard in shards]
+        shape = layers[name][0].shape if name in layers else (counts[0],)
+        if counts != [math.prod(shape)] * tp:
+            raise InputError(
+                f"{folder}: expected {math.prod(shape)} elements of {name} on each of {tp} ranks, "
+                f"found {counts[:8]} in the optimizer's files: are they of another step?"
+            )
+        found[kind][name] = [Pieces(tuple(shard), np.dtype(np.float32), shape) for shard in shards]
     return found
 
 
