@@ -39,7 +39,9 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         api = f"/api/models/{ID}"
         if path in (f"{api}/revision/{name}" for name in ("main", TAG)):
-            self._send(json.dumps({"id": ID, "sha": COMMIT, "siblings": []}).encode(), {}, body)
+            siblings = [{"rfilename": name} for name in self.files]
+            about = {"id": ID, "sha": COMMIT, "siblings": siblings}
+            self._send(json.dumps(about).encode(), {}, body)
         elif path == f"{api}/tree/{COMMIT}":
             entries = [
                 {"type": "file", "path": name, "size": len(data), "oid": sha256(data).hexdigest()}
@@ -135,12 +137,12 @@ def test_offline_the_cache_answers(server: type[Hub], monkeypatch, tmp_path: Pat
     path, origin = hub.fetch(f"{ID}@{TAG}")
     assert origin["commit"] == COMMIT and len(server.served) == 2
     HFReader(path)
-    with pytest.raises(InputError, match="cache lacks it"):
+    with pytest.raises(InputError, match="nothing in the cache"):
         hub.find(f"{ID}@another")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     _point(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")  # nobody listens there
     assert hub.fetch(f"{ID}@{TAG}")[0] == path
-    with pytest.raises(InputError, match="cache lacks it"):
+    with pytest.raises(InputError, match="nothing in the cache"):
         hub.find("runs/mistyped")
 
 
