@@ -111,7 +111,7 @@ def test_sizes_first_then_only_what_we_read(server: type[Hub], capsys) -> None:
     assert sorted(server.served) == ["config.json", "model.safetensors"]
     digest = sha256(server.files["model.safetensors"]).hexdigest()
     assert (origin["repository"], origin["revision"], origin["commit"]) == (ID, TAG, COMMIT)
-    assert origin["sha256"]["model.safetensors"] == digest
+    assert origin["files_sha256"]["model.safetensors"] == digest
     assert HFReader(path, origin).origin["commit"] == COMMIT
     assert hub.find(source).missing == 0
     hub.fetch(source)

@@ -155,5 +155,5 @@ def fetch(source: str) -> tuple[Path, dict[str, Any]]:
         "repository": remote.repository,
         "revision": remote.revision,
         "commit": folder.name,
-        "sha256": {name: blob for name, blob in links.items() if len(blob) == 64},
+        "files_sha256": {name: blob for name, blob in links.items() if len(blob) == 64},
     }
