@@ -184,7 +184,7 @@ def test_the_configuration_survives(tmp_path_factory, heads, head_dim, post, dro
     assert (config.width, config.heads, config.init_std) == (heads * head_dim, heads, 0.0123)
     assert config.apply_residual_connection_post_layernorm is post
     writer = HFWriter(path / "b", config, DTYPES["float16"], tokenizer={}, origin={})
-    writer.finish()
+    writer.finish("")
     assert read_config(path / "b") == config
 
 
@@ -203,8 +203,8 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
         assert (b / name).read_bytes() == (a / name).read_bytes()
     card = (b / "README.md").read_text()
     assert "license: bigscience-bloom-rail-1.0" in card and "spaces/bigscience/license" in card
-    before = HFReader(b).origin["before"]
-    assert before["source"]["commit"] == "abc" and before["source"]["path"] == str(a)
+    source = HFReader(b).origin["source"]
+    assert source["commit"] == "abc" and source["path"] == str(a) and "sha256" in source
     assert load_tokenizer(b).eos_id == 2
 
     other = json.loads((a / "tokenizer.json").read_text())

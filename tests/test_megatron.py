@@ -35,7 +35,7 @@ def written(folder: Path, config: ModelConfig, tensors: dict, dtype: type, **kwa
     for row, layer in order(config):
         for start, stop in writer.parts(row):
             writer.write(row, layer, start, tensors[row.hf.format(layer)][start:stop])
-    writer.finish()
+    writer.finish("")
     return folder
 
 

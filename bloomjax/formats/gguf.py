@@ -5,7 +5,9 @@ keys, all values), and most tensors of most files are quantised. The invariant: 
 the `gguf` package's `dequantize` gives of the same blocks, in Hugging Face's order.
 """
 
+import contextlib
 import importlib
+import json
 import os
 from typing import Any
 
@@ -15,7 +17,15 @@ from bloomjax.errors import InputError
 from bloomjax.formats.gguf_file import GGUFFile, Kind, Tensor
 from bloomjax.formats.gguf_tokenizer import from_gguf
 from bloomjax.formats.names import HEADS, ROWS, Row
-from bloomjax.formats.tensors import DTYPES, PARAMS, Stored, check_tensors, model_config, order
+from bloomjax.formats.tensors import (
+    CONTEXT_LENGTH,
+    DTYPES,
+    PARAMS,
+    Stored,
+    check_tensors,
+    model_config,
+    order,
+)
 
 ORIGIN = "bloomjax.origin"  # JSON: where the weights came from
 HEAD = HEADS[1]  # what GGUF calls a copy of the embedding

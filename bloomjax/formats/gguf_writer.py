@@ -30,7 +30,7 @@ from bloomjax.formats.gguf_file import (
 )
 from bloomjax.formats.gguf_tokenizer import to_gguf
 from bloomjax.formats.names import Row
-from bloomjax.formats.tensors import PARAMS, order, parts
+from bloomjax.formats.tensors import CONTEXT_LENGTH, PARAMS, licence, order, parts
 
 # What may be written -> general.file_type (llama_ftype in include/llama.h).
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
@@ -49,16 +49,14 @@ class GGUFWriter:
         kind: str,
         *,
         tokenizer: Mapping[str, bytes],
-        context_length: int,
+        context_length: int = CONTEXT_LENGTH,
         name: str,
-        license: str | None,
         origin: Mapping[str, Any],
     ):
         """Makes the file with its header at its full size, all tensors zero.
 
         `kind` is one of FILE_TYPES; `tokenizer` files as `Reader.tokenizer` gives them; the
-        context length is that of training (2048 tokens for BLOOM); `license` as the hub spells it
-        (bigscience-bloom-rail-1.0 for all that descends from BLOOM); `origin` is kept as JSON.
+        context length is that of training; `origin` is kept as JSON.
         InputError if GGUF cannot hold this model or tokenizer.
         """
         if kind not in FILE_TYPES:
@@ -77,7 +75,7 @@ class GGUFWriter:
             "general.architecture": (STRING, "bloom"),
             "general.type": (STRING, "model"),
             "general.name": (STRING, name),
-            **({"general.license": (STRING, license)} if license else {}),
+            **({"general.license": (STRING, terms)} if (terms := licence(origin)) else {}),
             **({"general.source.url": (STRING, source)} if source else {}),
             ORIGIN: (STRING, _origin(origin, "0" * 64)),  # as long as it will be
             "general.file_type": (UINT32, FILE_TYPES[kind]),

@@ -153,6 +153,7 @@ def fetch(source: str) -> tuple[Path, dict[str, Any]]:
     links = {name: os.path.basename(os.path.realpath(folder / name)) for name in remote.files}
     return folder, {
         "repository": remote.repository,
+        "url": f"https://huggingface.co/{remote.repository}",
         "revision": remote.revision,
         "commit": folder.name,
         "files_sha256": {name: blob for name, blob in links.items() if len(blob) == 64},
