@@ -26,7 +26,7 @@ from bloomjax.formats.megatron import MegatronWriter
 from bloomjax.formats.names import ROWS
 from bloomjax.formats.orbax import OrbaxWriter
 from bloomjax.formats.tensors import DTYPES, KINDS, PARAMS, Reader, Writer
-from bloomjax.metrics import duration
+from bloomjax.metrics import amount, duration
 from bloomjax.source import open_source
 
 from . import job
@@ -60,14 +60,15 @@ def main(values: flags.FlagValues) -> None:
             raise ConfigError(f"--{name} is of --to={owner}, found --to={values.to}: leave it out")
     if values.to == "gguf" and values.dtype != "auto":
         raise ConfigError("--dtype and --to=gguf: expected --gguf_type instead")
-    if values.dry_run and (remote := hub.find(values.src)):
-        print(f"{remote}: its headers tell more once it is there")
+    path = Path(values.dst).absolute()
+    job.check_absent(path)
+    if values.dry_run and hub.is_id(values.src) and not Path(values.src).exists():
+        print(f"{hub.find(values.src)}; once it is there, its headers tell more")
         return
     reader = open_source(values.src)
     target = Target.of(values, reader)
     say = functools.partial(print, file=sys.stdout if values.dry_run else sys.stderr, flush=True)
     say(describe(values.src, reader, target))
-    path = Path(values.dst).absolute()
     if values.dry_run:
         total, speed = job.size(reader, target.kinds), job.rate(reader, nearest(path))
         say(f"time: about {duration(total / speed)}, at the {speed / 1e6:,.0f} MB/s of a trial")
@@ -134,10 +135,10 @@ def describe(source: str, reader: Reader, target: Target) -> str:
     config = reader.config
     total, needed = job.size(reader, target.kinds), target.size(reader)
     return (
-        f"from: {source} ({reader.format}, {job.gigabytes(total)} {reader.dtype(ROWS['embed'])})\n"
+        f"from: {source} ({reader.format}, {amount(total)} {reader.dtype(ROWS['embed'])})\n"
         f"model: {config.parameter_count:,} parameters, {config.layers} layers of width "
         f"{config.width}, {config.heads} heads, {config.vocab_size:,} rows of vocabulary\n"
-        f"to: {target}, {job.gigabytes(needed)}; memory: at most {job.gigabytes(MEMORY)}"
+        f"to: {target}, {amount(needed)}; memory: at most {amount(MEMORY)}"
     )
 
 
