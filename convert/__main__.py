@@ -11,7 +11,7 @@ training state that `bloomjax.train --workdir=DST` continues; with a --dtype, pa
 import functools
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -102,7 +102,7 @@ class Target(NamedTuple):
 
     def size(self, reader: Reader) -> int:
         """Bytes, about."""
-        each = self.dtype.itemsize
+        each: float = self.dtype.itemsize
         if self.format == "gguf":
             kind = GGUF_KINDS[self.gguf_type.upper()]
             each = kind.size / kind.block
@@ -117,7 +117,11 @@ class Target(NamedTuple):
 
     def writer(self, path: Path, reader: Reader) -> Writer:
         config, origin, files = reader.config, reader.origin, reader.tokenizer()
-        about = {"tokenizer": files, "origin": origin, "context_length": reader.context_length}
+        about: dict[str, Any] = {
+            "tokenizer": files,
+            "origin": origin,
+            "context_length": reader.context_length,
+        }
         if self.format == "orbax":
             progress = reader.progress if len(self.kinds) > 1 else None
             return OrbaxWriter(path, config, self.dtype, progress=progress, **about)
