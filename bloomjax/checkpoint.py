@@ -218,8 +218,9 @@ class Checkpoints:
                 self._lock = None
 
 
-def restore(folder: Path, like: Like) -> Restored | None:
-    """The newest whole step of `folder`, on the shardings of `like`; None when there never was one.
+def restore(folder: Path, like: Like, only: int | None = None) -> Restored | None:
+    """The newest whole step of `folder` (or step `only`), on the shardings of `like`; None when
+    there never was one.
 
     `like` is a tree of jax.ShapeDtypeStruct with shardings, or a function from the step's `meta` to
     one. Its top-level keys say what is read and verified ("params" alone for generation); below
@@ -229,7 +230,7 @@ def restore(folder: Path, like: Like) -> Restored | None:
     running training. All processes call it together. Raises InputError when a leaf differs from
     what is stored (nothing is ever cast), when no step is whole, or when a newer bloomjax wrote it.
     """
-    return _restore(folder.absolute(), like)[0]
+    return _restore(folder.absolute(), like, only)[0]
 
 
 def newest_meta(folder: Path) -> tuple[int, dict[str, Any]] | None:
@@ -241,34 +242,79 @@ def newest_meta(folder: Path) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
-def seal(path: Path, step: int, leaves: PyTree, meta: Mapping[str, Any]) -> None:
-    """Writes the manifest of a folder that something else filled (a conversion), on one process.
+class Whole(NamedTuple):
+    """A step of which every file is as it was written."""
 
-    `leaves`: the tree of what is stored, as anything with dtypes and shapes. The caller then
-    renames `path` to `FOLDER/STEP`. Raises OSError.
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def run(self) -> Path:
+        """The workdir."""
+        return self.path.parent.parent
+
+
+def newest_whole(path: Path) -> Whole:
+    """The newest whole step of a workdir, of its `checkpoints`, or the step at `path`.
+
+    Every byte of it is verified. InputError if there is none.
     """
-    files = manifests.entries(path, manifests.sizes(path))
-    manifests.write(
-        path, {"step": step, "meta": dict(meta), "leaves": _leaves(leaves), "files": files}
-    )
+    folder, only = locate(path)
+    manifest, _ = _find(folder, only, lambda manifest: set(manifest["leaves"]))
+    if manifest is None:
+        raise InputError(f"{path}: expected a checkpoint, found none: train first")
+    return Whole(folder / str(manifest["step"]), manifest)
 
 
-def _restore(folder: Path, like: Like) -> tuple[Restored | None, list[int]]:
+def locate(path: Path) -> tuple[Path, int | None]:
+    """The folder of checkpoints that `path` (a workdir, its `checkpoints`, a step) means, and the
+    step if it means one."""
+    path = path.absolute()
+    if (path / manifests.NAME).is_file() and path.name.isdigit():
+        return path.parent, int(path.name)
+    return (path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
+
+
+def _restore(
+    folder: Path, like: Like, only: int | None = None
+) -> tuple[Restored | None, list[int]]:
     """What `restore` returns, and the steps that were passed over."""
+    target: PyTree = None
+
+    def wanted(manifest: dict[str, Any]) -> set[str]:
+        nonlocal target
+        target = like(manifest["meta"]) if callable(like) else like
+        _check_leaves(folder / str(manifest["step"]), manifest["leaves"], target)
+        return set(_leaves(target))
+
+    manifest, broken = _find(folder, only, wanted)
+    if manifest is None:
+        return None, broken
+    step = manifest["step"]
+    return Restored(step, _read(folder / str(step), target), manifest["meta"]), broken
+
+
+def _find(
+    folder: Path, only: int | None, wanted: Callable[[dict[str, Any]], set[str]]
+) -> tuple[dict[str, Any] | None, list[int]]:
+    """The manifest of the newest step (or of `only`) whose leaves that `wanted` names are whole,
+    and the steps that were passed over. InputError if there are steps, and none is whole."""
     broken: dict[int, str] = {}
     while True:
         # Listed anew each time: a running training may have replaced a step under a reader.
-        step = on_first(lambda: max(set(_steps(folder)) - set(broken), default=None))
+        step = on_first(
+            lambda: max(
+                {s for s in _steps(folder) if only in (None, s)} - set(broken), default=None
+            )
+        )
         if step is None:
             break
         path = folder / str(step)
         manifest, fault = on_first(partial(_manifest, folder, step))
         if not fault:
-            target = like(manifest["meta"]) if callable(like) else like
-            _check_leaves(path, manifest["leaves"], target)
-            fault = _verify(path, manifest, set(_leaves(target)))
+            fault = _verify(path, manifest, wanted(manifest))
         if not fault:
-            return Restored(step, _read(path, target), manifest["meta"]), list(broken)
+            return manifest, list(broken)
         broken[step] = f"{path.name}/{fault}"
         if jax.process_index() == 0:
             log.warning(

@@ -74,8 +74,12 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def parse(argv: Sequence[str], define: Define, doc: str = "") -> flags.FlagValues:
-    """Command line -> flags. ConfigError in one line for anything unknown or unparsable."""
+def parse(
+    argv: Sequence[str], define: Define, doc: str = "", operands: Sequence[str] = ()
+) -> flags.FlagValues:
+    """Command line -> flags; `operands` names those that are given by place.
+
+    ConfigError in one line for anything unknown or unparsable."""
     values = flags.FlagValues()
     define(values)
     flags.DEFINE_bool("debug", False, "show the traceback of an error", flag_values=values)
@@ -89,8 +93,13 @@ def parse(argv: Sequence[str], define: Define, doc: str = "") -> flags.FlagValue
     if values.help:
         print(doc.strip() + "\n\n" + values.get_help())
         raise SystemExit(0)
-    if len(rest) > 1:
-        raise ConfigError(f"expected only --flag=value, found {rest[1]!r}")
+    given = rest[1:]
+    if len(given) != len(operands):
+        expected = f"{' '.join(map(str.upper, operands))} and --flag=value".removeprefix(" and ")
+        found = f"{given[-1]!r} too" if len(given) > len(operands) else f"{len(given)} of them"
+        raise ConfigError(f"expected {expected}, found {found} (--help lists the flags)")
+    for name, value in zip(operands, given, strict=True):
+        values[name].value = value
     return values
 
 
@@ -99,13 +108,14 @@ def run(
     define: Define,
     doc: str | None,
     argv: Sequence[str] | None = None,
+    operands: Sequence[str] = (),
 ) -> NoReturn:
     """Parse, run, and leave with the exit code that the README lists."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         processes.start()
         with _log_on_stderr():
-            main(parse(argv, define, doc or ""))
+            main(parse(argv, define, doc or "", operands))
     except UserError as error:
         _leave(error, error.exit_code, f"bloomjax: {error}", argv)
     except KeyboardInterrupt as error:

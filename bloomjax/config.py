@@ -322,19 +322,51 @@ def read_config(path: Path) -> dict[str, Any]:
     return saved
 
 
+# What makes two models the same function of the same parameters; the rest is how they are run.
+ARCHITECTURE = (
+    *("layers", "width", "heads", "vocab_size", "layer_norm_epsilon"),
+    "apply_residual_connection_post_layernorm",
+)
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """What a checkpoint has to say of its model; `read_model` takes it back."""
+    return {name: getattr(model, name) for name in ARCHITECTURE}
+
+
+def read_model(run: Path) -> ModelConfig:
+    """The model of a run's config.json. What that does not say is as `base_config` has it.
+
+    InputError if it cannot be read.
+    """
+    path = run / "config.json"
+    saved = read_config(path).get("model")
+    if not isinstance(saved, dict):
+        raise InputError(f"{path}: expected the configuration of a run, found no model in it")
+    return model_of(saved, path)
+
+
+def model_of(saved: Mapping[str, Any], source: object) -> ModelConfig:
+    """The ModelConfig of the group `model` of a saved configuration. InputError if it is none."""
+    base = base_config()
+    try:
+        return freeze(base.to_dict() | {"model": base.model.to_dict() | dict(saved)}).model
+    except ConfigError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
 def resume_differences(saved: Mapping[str, Any], now: Config) -> list[str]:
     """What forbids to continue a run of config `saved` (as `to_dict` gave it) with config `now`.
 
-    `run.*`, `mesh.*` and a larger `optim.steps` may change; every other difference is returned as
-    a line `group.key: saved -> now`.
+    `run.*`, `mesh.*`, a larger `optim.steps`, and what `saved` does not say (a converted checkpoint
+    knows no data) may change; every other difference is returned as a line
+    `group.key: saved -> now`.
     """
     lines = []
     for group, values in now.to_dict().items():
         if group in ("mesh", "run"):
             continue
-        before = saved.get(group, {})
-        for key in sorted(set(values) | set(before)):
-            old: Any = before.get(key)
+        for key, old in sorted(saved.get(group, {}).items()):
             new: Any = values.get(key)
             old = tuple(old) if isinstance(old, list) else old
             longer = f"{group}.{key}" == "optim.steps" and isinstance(old, int) and new > old

@@ -332,3 +332,10 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
     return nnx.to_pure_dict(
         jax.tree.map(shaped, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
     )
+
+
+def with_dtype(shapes: Params, dtype: Any) -> Params:
+    """`abstract_params` as they are in another dtype."""
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype), sharding=s.sharding), shapes
+    )

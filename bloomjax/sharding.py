@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bloomjax.config import Config, MeshConfig
+from bloomjax.config import MeshConfig, ModelConfig
 from bloomjax.errors import ConfigError, DoesNotFitError
 
 AXES = ("data", "fsdp", "tensor")
@@ -76,9 +76,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
 
 
-def check_divides(config: Config, mesh: Mesh) -> None:
+def check_divides(model: ModelConfig, mesh: Mesh) -> None:
     """ConfigError, in one line, if a size of the model does not divide its mesh axes."""
-    for letter, size in config.model.sizes.items():
+    for letter, size in model.sizes.items():
         for axis in RULES.get(letter, ()):
             parts = shards(mesh, axis)
             if size % parts:

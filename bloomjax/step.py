@@ -50,15 +50,20 @@ class TrainState:
 
 
 def _init(config: Config) -> TrainState:
-    zero = jnp.zeros((), jnp.int32)
-    params = model.init_params(config.model, jax.random.key(config.run.seed))
-    moments = optax.scale_by_adam().init(params)
-    return TrainState(zero, zero, zero, zero, params, moments)
+    return start_from(model.init_params(config.model, jax.random.key(config.run.seed)))
 
 
 def init_state(config: Config) -> TrainState:
     """A fresh state on the current mesh; the same values on every mesh."""
     return jax.jit(_init, static_argnums=0)(config)
+
+
+@jax.jit
+def start_from(params: Params) -> TrainState:
+    """A fresh state of these parameters, which become float32."""
+    zero = jnp.zeros((), jnp.int32)
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    return TrainState(zero, zero, zero, zero, params, optax.scale_by_adam().init(params))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:

@@ -28,9 +28,17 @@ from bloomjax.data.prepare import Prepared, open_prepared, prepare
 from bloomjax.data.tokenizer import load_tokenizer
 from bloomjax.errors import ConfigError, InputError, NonFiniteError
 from bloomjax.metrics import Metrics, duration, peak_flops
-from bloomjax.model import Params
+from bloomjax.model import Params, with_dtype
 from bloomjax.optim import BatchRamp
-from bloomjax.step import TrainState, abstract_state, batch_shape, eval_step, init_state, train_step
+from bloomjax.step import (
+    TrainState,
+    abstract_state,
+    batch_shape,
+    eval_step,
+    init_state,
+    start_from,
+    train_step,
+)
 
 # Steps in a row without a finite gradient after which a run gives up.
 PATIENCE = 3
@@ -47,7 +55,7 @@ def main(values: flags.FlagValues) -> None:
         raise ConfigError(f"{missing} is missing: expected --config=FILE.py --workdir=FOLDER")
     config = cli.load_config(values)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_divides(config, mesh)
+    sharding.check_divides(config.model, mesh)
     with jax.set_mesh(mesh):
         train(config, Path(values.workdir), mesh)
 
@@ -68,8 +76,8 @@ def continue_run(
 
     # ---- the state: restored, or fresh ------------------------------------------------------
     stop = processes.Stop()  # the first step compiles: whoever stops the run now waits for it
-    restored = checkpoints.restore(abstract_state(config, mesh).as_tree())
-    state = TrainState.from_tree(restored.state) if restored else init_state(config)
+    state, origin = restore(config, mesh, checkpoints)
+    meta |= {"origin": origin} if origin else {}
     first = saved = int(state.step)
     metrics = Metrics(workdir, done=first)
     metrics.say(describe(config, mesh, prepared, state))
@@ -134,6 +142,26 @@ def continue_run(
             raise SystemExit(130)
 
 
+def restore(
+    config: Config, mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """Where the run stands: a checkpoint's state; a fresh one of a checkpoint that holds parameters
+    alone, as a conversion leaves it; or a fresh one of random parameters. And what is known of
+    where it all came from."""
+
+    def stored(meta: dict[str, Any]) -> dict[str, Any]:
+        state = abstract_state(config, mesh).as_tree()
+        alone = meta.get("params")  # their dtype
+        return {"params": with_dtype(state["params"], alone)} if alone else state
+
+    restored = checkpoints.restore(stored)
+    if restored is None:
+        return init_state(config), None
+    if "params" in restored.meta:
+        return start_from(restored.state["params"]), restored.meta["origin"]
+    return TrainState.from_tree(restored.state), restored.meta.get("origin")
+
+
 def prepare_run(config: Config, workdir: Path) -> Prepared:
     """Claim the folder for this configuration, and tokenise the data where that is still to do.
 
@@ -156,7 +184,7 @@ def prepare_run(config: Config, workdir: Path) -> Prepared:
         prepared = whole(data, meta) if meta else None
         prepared = prepared or prepare(config.data, config.model.vocab_size, data)
         for what, found in identity(prepared).items():
-            if meta and meta[what] != found:
+            if meta and meta.get(what, found) != found:
                 raise InputError(
                     f"{workdir}: expected the {what} of step {step} ({meta[what]:.12}), found "
                     f"{found:.12}: bring it back, or choose another workdir"

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from bloomjax.config import ModelConfig, base_config, freeze
 from bloomjax.formats.names import TABLE, nest
-from bloomjax.model import Params
+from bloomjax.model import Params, abstract_params, bind
 from bloomjax.sharding import act, make_mesh, put
 
 
@@ -51,3 +51,19 @@ def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
             one = np.asarray(leaf[layer] if row.stacked else leaf)
             tensors[row.hf.format(layer)] = row.to_theirs(one, config.sizes)
     return tensors
+
+
+def forward(params: Params, config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] on one device, in the dtype of `config`."""
+
+    @jax.jit
+    def run(params: Params, tokens_BT: jax.Array) -> jax.Array:
+        model = bind(config, params)
+        return model.logits(model(tokens_BT))
+
+    with jax.set_mesh(mesh := one_device()):
+        shapes = abstract_params(config, mesh)
+        placed = jax.tree.map(
+            lambda a, s: jax.device_put(a.astype(s.dtype), s.sharding), params, shapes
+        )
+        return np.asarray(run(placed, on_mesh("BT", tokens_BT)))

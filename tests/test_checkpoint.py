@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from states import exact, shapes, state
 
 from bloomjax import manifests
-from bloomjax.checkpoint import Checkpoints, newest_meta, restore, seal
+from bloomjax.checkpoint import Checkpoints, newest_meta, restore
 from bloomjax.config import MeshConfig
 from bloomjax.errors import ConfigError, DoesNotFitError, InputError, UserError
 from bloomjax.sharding import make_mesh
@@ -492,18 +492,6 @@ def test_meta_comes_back_and_may_decide_the_shapes(two: Path, mesh: Mesh) -> Non
 
     found = restore(two, like)
     assert found is not None and seen == [found.meta] == [{"samples": 1000}]
-
-
-def test_a_sealed_folder_is_a_checkpoint(tmp_path: Path, mesh: Mesh) -> None:
-    """What plain Orbax wrote, sealed; and plain Orbax reads what we write."""
-    tree = state(3, mesh)
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
-    ocp.Checkpointer(handler).save(tmp_path / "3.saving", ocp.args.PyTreeSave(tree))
-    seal(tmp_path / "3.saving", 3, tree, {"from": "elsewhere"})
-    (tmp_path / "3.saving").rename(tmp_path / "3")
-    found = restore(tmp_path, shapes(mesh))
-    assert found is not None and found.meta == {"from": "elsewhere"}
-    exact(found.state, 3)
 
 
 def test_plain_orbax_reads_our_steps(two: Path, mesh: Mesh) -> None:

@@ -32,12 +32,11 @@ def good(path: Path) -> bytes:
         tokenizer={"tokenizer.json": vocabulary.read_bytes()},
         context_length=2048,
         name="good",
-        license=None,
         origin={},
     )
     for row, layer in order(CONFIG):
         writer.write(row, layer, 0, np.ones(row.shape(CONFIG.sizes), np.float32))
-    writer.finish()
+    writer.finish("0" * 64)
     GGUFReader(path).tokenizer()
     return path.read_bytes()
 

@@ -48,8 +48,8 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._start = self._shown = time.monotonic()
 
-    def update(self, done: int) -> None:
-        """Show `done` bytes of the total, if it is time to."""
+    def update(self, done: int, note: str = "") -> None:
+        """Show `done` bytes of the total, and a note, if it is time to."""
         now = time.monotonic()
         if now - self._shown < (0.2 if self._terminal else 30):
             return
@@ -59,6 +59,7 @@ class Progress:
         line = (
             f"{self._what}: {done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, "
             f"{rate / 1e6:,.1f} MB/s, {left // 60:.0f} min {left % 60:02.0f} s left"
+            + (f", {note}" if note else "")
         )
         self._print(line, "" if self._terminal else "\n")
 

@@ -141,6 +141,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raw = stream.read(_MAX_BYTES + 1)
     if len(raw) > _MAX_BYTES:
         raise InputError(f"{file}: expected a tokenizer, found over {_MAX_BYTES >> 20} MiB")
+    return tokenizer_of(raw, file)
+
+
+def tokenizer_of(raw: bytes, file: Path) -> Tokenizer:
+    """The tokenizer in the bytes of `file`, whose name says which kind it is."""
     kind = _SentencePiece if file.suffix == ".model" else _ByteLevel
     return Tokenizer(kind(raw, file), hashlib.sha256(raw).hexdigest())
 

@@ -5,7 +5,9 @@ keys, all values), and most tensors of most files are quantised. The invariant: 
 the `gguf` package's `dequantize` gives of the same blocks, in Hugging Face's order.
 """
 
+import contextlib
 import importlib
+import json
 import os
 from typing import Any
 
@@ -15,10 +17,18 @@ from bloomjax.errors import InputError
 from bloomjax.formats.gguf_file import GGUFFile, Kind, Tensor
 from bloomjax.formats.gguf_tokenizer import from_gguf
 from bloomjax.formats.names import HEADS, ROWS, Row
-from bloomjax.formats.tensors import DTYPES, PARAMS, Stored, check_tensors, model_config, order
+from bloomjax.formats.tensors import (
+    CONTEXT_LENGTH,
+    DTYPES,
+    PARAMS,
+    Stored,
+    check_tensors,
+    model_config,
+    order,
+)
 
+ORIGIN = "bloomjax.origin"  # JSON: where the weights came from
 HEAD = HEADS[1]  # what GGUF calls a copy of the embedding
-_MAX_NOTE = 10_000  # characters of a piece of provenance
 _SAMPLE = 256  # rows of a head that are compared with the embedding's
 
 
@@ -73,12 +83,15 @@ class GGUFReader:
         if any(tensor.kind.dtype is None for tensor in file.tensors.values()):
             package(path)
         self._embed = self._judge_head() if twice else ROWS["embed"].gguf
+        length = file.get("bloom.context_length", int, 0)  # often the width, by mistake
+        self.context_length = length if length not in (0, width) else CONTEXT_LENGTH
         self.origin: dict[str, Any] = {"format": self.format, "path": str(path)} | {
-            key: value
+            key: value[:1000]
             for key, value in file.values.items()
-            if key.startswith(("general.", "bloomjax.")) and type(value) is str
-            if len(value) < _MAX_NOTE
+            if key.startswith("general.") and type(value) is str
         }
+        with contextlib.suppress(ValueError, RecursionError):
+            self.origin["source"] = json.loads(file.get(ORIGIN, str, ""))
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         """The stored one; float32 where a layer is quantised, or layers are stored differently."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from bloomjax.config import ModelConfig
 from bloomjax.errors import ConfigError, InputError
-from bloomjax.formats.gguf import package
+from bloomjax.formats.gguf import ORIGIN, package
 from bloomjax.formats.gguf_file import (
     FLOAT32,
     KINDS,
@@ -31,7 +31,7 @@ from bloomjax.formats.gguf_file import (
 )
 from bloomjax.formats.gguf_tokenizer import to_gguf
 from bloomjax.formats.names import Row
-from bloomjax.formats.tensors import PARAMS, order, parts
+from bloomjax.formats.tensors import CONTEXT_LENGTH, PARAMS, licence, order, parts
 
 # What may be written -> general.file_type (llama_ftype in include/llama.h).
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
@@ -50,16 +50,14 @@ class GGUFWriter:
         kind: str,
         *,
         tokenizer: Mapping[str, bytes],
-        context_length: int,
+        context_length: int = CONTEXT_LENGTH,
         name: str,
-        license: str | None,
         origin: Mapping[str, Any],
     ):
         """Makes the file with its header at its full size, all tensors zero.
 
         `kind` is one of FILE_TYPES; `tokenizer` files as `Reader.tokenizer` gives them; the
-        context length is that of training (2048 tokens for BLOOM); `license` as the hub spells it
-        (bigscience-bloom-rail-1.0 for all that descends from BLOOM); `origin` is kept as JSON.
+        context length is that of training; `origin` is kept as JSON.
         InputError if GGUF cannot hold this model or tokenizer.
         """
         if kind not in FILE_TYPES:
@@ -78,9 +76,9 @@ class GGUFWriter:
             "general.architecture": (STRING, "bloom"),
             "general.type": (STRING, "model"),
             "general.name": (STRING, name),
-            **({"general.license": (STRING, license)} if license else {}),
+            **({"general.license": (STRING, terms)} if (terms := licence(origin)) else {}),
             **({"general.source.url": (STRING, source)} if source else {}),
-            "bloomjax.origin": (STRING, json.dumps(origin, sort_keys=True)),
+            ORIGIN: (STRING, _origin(origin, "0" * 64)),  # as long as it will be
             "general.file_type": (UINT32, FILE_TYPES[kind]),
             "general.quantization_version": (UINT32, _QUANTISATION_VERSION),
             "bloom.context_length": (UINT32, context_length),
@@ -96,6 +94,7 @@ class GGUFWriter:
             (row.gguf.format(layer), self._kind_of(row), row.shape(config.sizes))
             for row, layer in order(config)
         ]
+        self._origin, self._values, self._layout = origin, values, tensors
         data, self._tensors = header(values, tensors)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (until `finish`)
         self._pwrite(data, 0)
@@ -120,8 +119,19 @@ class GGUFWriter:
             run = triple[:, i].reshape(heads * each, *data.shape[1:])
             self._put(tensor, i * sizes["D"] + start // 3, run)
 
-    def finish(self) -> None:
+    def stored(self, row: Row, rows: np.ndarray) -> np.ndarray:
         """See `formats.tensors.Writer`."""
+        kind = self._kind_of(row)
+        data = self._cast(row.gguf, kind, rows)
+        if kind.dtype is not None:
+            return data
+        quants = package(self._path)
+        return quants.dequantize(data, quants.GGMLQuantizationType(kind.number))
+
+    def finish(self, sha256: str) -> None:
+        """See `formats.tensors.Writer`."""
+        self._values[ORIGIN] = STRING, _origin(self._origin, sha256)
+        self._pwrite(header(self._values, self._layout)[0], 0)
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -161,3 +171,7 @@ class GGUFWriter:
         while view:
             done = os.pwrite(self._file.fileno(), view, offset)
             view, offset = view[done:], offset + done
+
+
+def _origin(origin: Mapping[str, Any], sha256: str) -> str:
+    return json.dumps({**origin, "sha256": sha256}, sort_keys=True)

@@ -19,6 +19,7 @@ from bloomjax.config import ModelConfig, base_config, freeze
 from bloomjax.errors import InputError
 from bloomjax.formats.names import TABLE, Row, Sizes
 
+CONTEXT_LENGTH = 2048  # of BLOOM's training, and of whatever does not say
 PARAMS, MU, NU = KINDS = ("params", "moments.mu", "moments.nu")
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -37,10 +38,25 @@ class Progress(NamedTuple):
 class Reader(Protocol):
     """A model in some format, opened. `read` may be called by several threads at a time."""
 
-    format: str  # as --to names it
-    config: ModelConfig
-    origin: dict[str, Any]  # where it came from (JSON): path, revision, ...
-    progress: Progress | None  # None: no optimizer state, and PARAMS is the only kind
+    @property
+    def format(self) -> str:
+        """As --to names it."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where it came from (JSON): path, revision, ...; under "source", the same of what it was
+        converted from."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a row in training, as far as the source says; with ALiBi no limit."""
+
+    @property
+    def progress(self) -> Progress | None:
+        """None: it has no optimizer state, and PARAMS is the only kind."""
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         """Of what `read` returns."""
@@ -63,17 +79,34 @@ class Writer(Protocol):
     def write(self, row: Row, layer: int, start: int, rows: np.ndarray, kind: str = PARAMS) -> None:
         """Rows of `row.theirs` from `start` on, cast to what is being written. By one thread."""
 
-    def finish(self) -> None:
-        """All tensors have been written: complete the files and sync them to disk."""
+    def stored(self, row: Row, rows: np.ndarray) -> np.ndarray:
+        """What a reader of the written file gives for these rows: cast, or quantised and back."""
+
+    def finish(self, sha256: str) -> None:
+        """All tensors have been written: complete the files, with the digest of what was read."""
 
 
 def parts(row: Row, sizes: Sizes, itemsize: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Rows of `row.theirs` cut into whole units of at most `limit` bytes (or one unit)."""
+    """Rows of `row.theirs` cut into whole units of at most `limit` bytes (or one unit); a vector,
+    which is small, in one piece."""
     shape, unit = row.shape(sizes), row.unit(sizes)
     unit_bytes = unit * int(np.prod(shape[1:])) * itemsize
-    step = unit * max(1, limit // unit_bytes)
+    step = unit * max(1, limit // unit_bytes) if len(shape) > 1 else shape[0]
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
+
+
+def cast(rows: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`rows` in another float dtype, rounded to nearest even. InputError, with the name of the
+    tensor, if a finite number becomes infinite."""
+    if rows.dtype == dtype:
+        return rows
+    with np.errstate(over="ignore"):
+        out = rows.astype(dtype)
+    if np.count_nonzero(np.isinf(out)) > np.count_nonzero(np.isinf(rows)):
+        other = "bfloat16 or float32" if dtype == np.float16 else "float32"
+        raise InputError(f"{name}: expected numbers that fit {dtype}, found larger: use {other}")
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +189,14 @@ def model_config(
     known = {"layers": layers, "width": width, "heads": heads, "vocab_size": vocab_size}
     base = freeze(base_config()).model
     return dataclasses.replace(base, **known, layer_norm_epsilon=layer_norm_epsilon, **fields)
+
+
+def licence(origin: Mapping[str, Any]) -> str | None:
+    """That of weights that came from `origin`, as the hub spells it: BLOOM's own, which whatever
+    derives from BLOOM keeps. None for what a run of ours trained from nothing."""
+    while isinstance(before := origin.get("source"), Mapping):
+        origin = before
+    return None if origin.get("format") == "orbax" else "bigscience-bloom-rail-1.0"
 
 
 def check_tensors(

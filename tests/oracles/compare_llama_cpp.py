@@ -80,14 +80,13 @@ def write(path: pathlib.Path, config: ModelConfig, kind: str, hf: Weights, **fil
         tokenizer=files,
         context_length=TOKENS,
         name="oracle",
-        license=None,
         origin={},
     )
     for row, layer in order(config):
         for start, stop in writer.parts(row):
             rows = hf[row.hf.format(layer)][start:stop]
             writer.write(row, layer, start, rows)
-    writer.finish()
+    writer.finish("0" * 64)
 
 
 def write_elsewhere(path: pathlib.Path, source: pathlib.Path, hf: Weights, heads: int) -> None:

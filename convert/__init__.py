@@ -1,0 +1,1 @@
+"""Conversions between the formats of BLOOM: a job, with a command line."""
