@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from bloomjax.config import ModelConfig
@@ -31,7 +30,7 @@ from bloomjax.formats.gguf_file import (
 )
 from bloomjax.formats.gguf_tokenizer import to_gguf
 from bloomjax.formats.names import Row
-from bloomjax.formats.tensors import CONTEXT_LENGTH, PARAMS, licence, order, parts
+from bloomjax.formats.tensors import CONTEXT_LENGTH, PARAMS, cast, licence, order, parts
 
 # What may be written -> general.file_type (llama_ftype in include/llama.h).
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
@@ -145,20 +144,16 @@ class GGUFWriter:
         return KINDS["Q8_0"] if embedding else self._kind
 
     def _cast(self, name: str, kind: Kind, rows: np.ndarray) -> np.ndarray:
-        if rows.dtype == kind.dtype:
-            return rows
+        if kind.dtype is not None:
+            return cast(rows, kind.dtype, name)
         rows = rows.astype(np.float32, copy=False)
-        if rows.dtype == kind.dtype:
-            return rows
-        most = float(ml_dtypes.finfo(kind.dtype or np.float16).max)  # float16: scales of blocks
+        most = float(np.finfo(np.float16).max)  # of a block's scale
         least, largest = rows.min(), rows.max()
         if not -most <= least <= largest <= most:
             found = largest if -most <= least else least
             raise InputError(
-                f"{name}: expected numbers that {kind.name} holds, found {found}: write bf16 or f32"
+                f"{name}: expected numbers that {kind.name} holds, found {found}: use bf16 or f32"
             )
-        if kind.dtype is not None:
-            return rows.astype(kind.dtype)
         quants = package(self._path)
         return quants.quantize(rows, quants.GGMLQuantizationType(kind.number))
 
