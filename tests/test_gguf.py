@@ -299,13 +299,23 @@ def test_another_head_is_refused(tmp_path: Path, kinds: tuple[str, str], noise: 
         GGUFReader(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("number", [70_000, -70_000])
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_1"])
-def test_numbers_that_a_kind_cannot_hold_are_refused(tmp_path: Path, kind: str) -> None:
+def test_numbers_that_a_kind_cannot_hold_are_refused(
+    tmp_path: Path, kind: str, number: int
+) -> None:
     weights = random_weights(EVEN)
-    weights["blocks.up_w", 1][3, 4] = 70_000
-    with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight.*70000"):
+    weights["blocks.up_w", 1][3, 4] = number
+    with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight.*f(loat)?32"):
         write(tmp_path / "m.gguf", EVEN, kind, weights)
     write(tmp_path / "m.gguf", EVEN, "bf16", weights)
+
+
+def test_what_is_no_number_is_not_quantised(tmp_path: Path) -> None:
+    weights = random_weights(EVEN)
+    weights["embed", 0][3, 4] = np.nan
+    with pytest.raises(InputError, match=r"token_embd\.weight.*nan"):
+        write(tmp_path / "m.gguf", EVEN, "q5_0", weights)
 
 
 def test_other_residuals_are_refused(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from bloomjax.formats.tensors import (
 )
 
 ORIGIN = "bloomjax.origin"  # JSON: where the weights came from
+_MAX_NOTE = 10_000  # characters of it
 HEAD = HEADS[1]  # what GGUF calls a copy of the embedding
-_MAX_NOTE = 10_000  # characters of a piece of provenance
 _SAMPLE = 256  # rows of a head that are compared with the embedding's
 
 
@@ -87,12 +87,13 @@ class GGUFReader:
         length = file.get("bloom.context_length", int, 0)  # often the width, by mistake
         self.context_length = length if length not in (0, width) else CONTEXT_LENGTH
         self.origin: dict[str, Any] = {"format": self.format, "path": str(path)} | {
-            key: value
+            key: value[:1000]
             for key, value in file.values.items()
-            if key.startswith("general.") and type(value) is str and len(value) < _MAX_NOTE
+            if key.startswith("general.") and type(value) is str
         }
-        with contextlib.suppress(ValueError, RecursionError):
-            self.origin["source"] = json.loads(file.get(ORIGIN, str, ""))
+        with contextlib.suppress(ValueError, RecursionError):  # a note, not worth a refusal
+            if type(source := json.loads(file.get(ORIGIN, str, "")[:_MAX_NOTE])) is dict:
+                self.origin["source"] = source
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         """The stored one; float32 where a layer is quantised, or layers are stored differently."""

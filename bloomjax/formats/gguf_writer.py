@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from bloomjax.config import ModelConfig
@@ -31,7 +30,7 @@ from bloomjax.formats.gguf_file import (
 )
 from bloomjax.formats.gguf_tokenizer import to_gguf
 from bloomjax.formats.names import Row
-from bloomjax.formats.tensors import CONTEXT_LENGTH, PARAMS, licence, order, parts
+from bloomjax.formats.tensors import CONTEXT_LENGTH, PARAMS, cast, licence, order, parts
 
 # What may be written -> general.file_type (llama_ftype in include/llama.h).
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
@@ -78,7 +77,7 @@ class GGUFWriter:
             "general.name": (STRING, name),
             **({"general.license": (STRING, terms)} if (terms := licence(origin)) else {}),
             **({"general.source.url": (STRING, source)} if source else {}),
-            ORIGIN: (STRING, _origin(origin, "0" * 64)),  # as long as it will be
+            ORIGIN: (STRING, note := _note(origin, "0" * 64)),
             "general.file_type": (UINT32, FILE_TYPES[kind]),
             "general.quantization_version": (UINT32, _QUANTISATION_VERSION),
             "bloom.context_length": (UINT32, context_length),
@@ -94,10 +93,10 @@ class GGUFWriter:
             (row.gguf.format(layer), self._kind_of(row), row.shape(config.sizes))
             for row, layer in order(config)
         ]
-        self._origin, self._values, self._layout = origin, values, tensors
         data, self._tensors = header(values, tensors)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (until `finish`)
         self._pwrite(data, 0)
+        self._origin, self._note = origin, data.index(note.encode())  # filled in by `finish`
         end = max(tensor.offset + tensor.nbytes for tensor in self._tensors.values())
         os.ftruncate(self._file.fileno(), padded(end))
 
@@ -130,8 +129,7 @@ class GGUFWriter:
 
     def finish(self, sha256: str) -> None:
         """See `formats.tensors.Writer`."""
-        self._values[ORIGIN] = STRING, _origin(self._origin, sha256)
-        self._pwrite(header(self._values, self._layout)[0], 0)
+        self._pwrite(_note(self._origin, sha256).encode(), self._note)
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -145,20 +143,16 @@ class GGUFWriter:
         return KINDS["Q8_0"] if embedding else self._kind
 
     def _cast(self, name: str, kind: Kind, rows: np.ndarray) -> np.ndarray:
-        if rows.dtype == kind.dtype:
-            return rows
+        if kind.dtype is not None:
+            return cast(rows, kind.dtype, name)
         rows = rows.astype(np.float32, copy=False)
-        if rows.dtype == kind.dtype:
-            return rows
-        most = float(ml_dtypes.finfo(kind.dtype or np.float16).max)  # float16: scales of blocks
+        most = float(np.finfo(np.float16).max)  # of a block's scale
         least, largest = rows.min(), rows.max()
         if not -most <= least <= largest <= most:
             found = largest if -most <= least else least
             raise InputError(
-                f"{name}: expected numbers that {kind.name} holds, found {found}: write bf16 or f32"
+                f"{name}: expected numbers that {kind.name} holds, found {found}: use bf16 or f32"
             )
-        if kind.dtype is not None:
-            return rows.astype(kind.dtype)
         quants = package(self._path)
         return quants.quantize(rows, quants.GGMLQuantizationType(kind.number))
 
@@ -173,5 +167,5 @@ class GGUFWriter:
             view, offset = view[done:], offset + done
 
 
-def _origin(origin: Mapping[str, Any], sha256: str) -> str:
+def _note(origin: Mapping[str, Any], sha256: str) -> str:
     return json.dumps({**origin, "sha256": sha256}, sort_keys=True)
