@@ -95,16 +95,17 @@ def test_moments_are_those_of_the_whole_model(folder: Path, name: str) -> None:
                 assert np.array_equal(rows, whole[start:stop]), (kind, row.path)
 
 
+@pytest.mark.parametrize("name", ["", "tp4"])
 def test_layer_files_are_merged_as_the_hubs_converter_did(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With optimizer files of fp16 ZeRO, which are left out: weights are those of layer files."""
-    for file in (folder / "global_step7").iterdir():
+    for file in (folder / name / "global_step7").iterdir():
         (tmp_path / file.name.removeprefix("bf16_")).write_bytes(file.read_bytes())
     reader = MegatronReader(tmp_path)
     (line,) = caplog.messages
     assert "fp16 ZeRO" in line and reader.progress is None
-    expected = read_torch(folder / "converted.pt")
+    expected = read_torch(folder / name / "converted.pt")
     for row, layer in order(reader.config):
         whole = expected[row.hf.format(layer)]
         whole = whole.rows(0, whole.shape[0])
@@ -214,20 +215,23 @@ def test_absurd_optimizer_files(folder: Path, tmp_path: Path, tree: Any, found: 
 
 
 @pytest.mark.parametrize(
-    ("start", "count"), [(0, 10**9), (-1, 5), (10**9, 5), (0, -5), (0, 7), (1, None), (True, 5)]
+    "changes",
+    [{"numel": 10**9}, {"start": -1}, {"start": 10**9}, {"numel": -5}, {"numel": None}]
+    + [{"start": True}, {"start": "0"}, {"start": 1 << 70}],
+    ids=str,
 )
 def test_pieces_stay_in_their_partition(
-    folder: Path, tmp_path: Path, start: int, count: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(path: Path) -> Any:
         tree = read_torch(path)
         if "optim" in path.name:
             mapping = tree["optimizer_state_dict"]["param_slice_mappings"][0]
-            next(iter(mapping.values())).state.update(start=start, numel=count)
+            next(iter(mapping.values())).state.update(changes)
         return tree
 
     monkeypatch.setattr("bloomjax.formats.zero.read_torch", read)
-    refused(lambda: MegatronReader(folder))
+    refused(lambda: MegatronReader(folder), "outside of its partition")
 
 
 def test_layers_of_other_shapes(folder: Path, tmp_path: Path) -> None:
