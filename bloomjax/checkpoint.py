@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 
 from bloomjax import manifests
 from bloomjax.errors import ConfigError, DoesNotFitError, InputError, PeerLostError, UserError
+from bloomjax.metrics import amount
 from bloomjax.processes import on_first
 
 log = logging.getLogger("bloomjax")
@@ -114,8 +115,8 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free
             if free < count * size:
                 raise DoesNotFitError(
-                    f"{self.folder}: expected {_size(count * size)} of free disk ({count} "
-                    f"checkpoints of {_size(size)}), found {_size(free)}: make room, or lower "
+                    f"{self.folder}: expected {amount(count * size)} of free disk ({count} "
+                    f"checkpoints of {amount(size)}), found {amount(free)}: make room, or lower "
                     "run.keep_checkpoints"
                 )
 
@@ -169,7 +170,7 @@ class Checkpoints:
             raise self._failed(step, error) from error
         if me == 0:
             total, seconds = sum(sizes.values()), time.monotonic() - begun
-            log.info("checkpoint %d: %s, complete after %.1f s", step, _size(total), seconds)
+            log.info("checkpoint %d: %s, complete after %.1f s", step, amount(total), seconds)
             self._prune()
 
     def _failed(self, step: int, error: Exception) -> UserError:
@@ -436,7 +437,3 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
         f"checkpoint {path}: expected a writable folder, found: {lines[0]}: mend the folder and "
         "run the same command again; the steps before are intact"
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -11,7 +11,7 @@ training state that `bloomjax.train --workdir=DST` continues; with a --dtype, pa
 import functools
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -26,7 +26,7 @@ from bloomjax.formats.megatron import MegatronWriter
 from bloomjax.formats.names import ROWS
 from bloomjax.formats.orbax import OrbaxWriter
 from bloomjax.formats.tensors import DTYPES, KINDS, PARAMS, Reader, Writer
-from bloomjax.metrics import duration
+from bloomjax.metrics import amount, duration
 from bloomjax.source import open_source
 
 from . import job
@@ -60,14 +60,15 @@ def main(values: flags.FlagValues) -> None:
             raise ConfigError(f"--{name} is of --to={owner}, found --to={values.to}: leave it out")
     if values.to == "gguf" and values.dtype != "auto":
         raise ConfigError("--dtype and --to=gguf: expected --gguf_type instead")
-    if values.dry_run and (remote := hub.find(values.src)):
-        print(f"{remote}: its headers tell more once it is there")
+    path = Path(values.dst).absolute()
+    job.check_absent(path)
+    if values.dry_run and hub.is_id(values.src) and not Path(values.src).exists():
+        print(f"{hub.find(values.src)}; once it is there, its headers tell more")
         return
     reader = open_source(values.src)
     target = Target.of(values, reader)
     say = functools.partial(print, file=sys.stdout if values.dry_run else sys.stderr, flush=True)
     say(describe(values.src, reader, target))
-    path = Path(values.dst).absolute()
     if values.dry_run:
         total, speed = job.size(reader, target.kinds), job.rate(reader, nearest(path))
         say(f"time: about {duration(total / speed)}, at the {speed / 1e6:,.0f} MB/s of a trial")
@@ -101,7 +102,7 @@ class Target(NamedTuple):
 
     def size(self, reader: Reader) -> int:
         """Bytes, about."""
-        each = self.dtype.itemsize
+        each: float = self.dtype.itemsize
         if self.format == "gguf":
             kind = GGUF_KINDS[self.gguf_type.upper()]
             each = kind.size / kind.block
@@ -116,7 +117,11 @@ class Target(NamedTuple):
 
     def writer(self, path: Path, reader: Reader) -> Writer:
         config, origin, files = reader.config, reader.origin, reader.tokenizer()
-        about = {"tokenizer": files, "origin": origin, "context_length": reader.context_length}
+        about: dict[str, Any] = {
+            "tokenizer": files,
+            "origin": origin,
+            "context_length": reader.context_length,
+        }
         if self.format == "orbax":
             progress = reader.progress if len(self.kinds) > 1 else None
             return OrbaxWriter(path, config, self.dtype, progress=progress, **about)
@@ -134,10 +139,10 @@ def describe(source: str, reader: Reader, target: Target) -> str:
     config = reader.config
     total, needed = job.size(reader, target.kinds), target.size(reader)
     return (
-        f"from: {source} ({reader.format}, {job.gigabytes(total)} {reader.dtype(ROWS['embed'])})\n"
+        f"from: {source} ({reader.format}, {amount(total)} {reader.dtype(ROWS['embed'])})\n"
         f"model: {config.parameter_count:,} parameters, {config.layers} layers of width "
         f"{config.width}, {config.heads} heads, {config.vocab_size:,} rows of vocabulary\n"
-        f"to: {target}, {job.gigabytes(needed)}; memory: at most {job.gigabytes(MEMORY)}"
+        f"to: {target}, {amount(needed)}; memory: at most {amount(MEMORY)}"
     )
 
 

@@ -27,6 +27,7 @@ from bloomjax.data.files import Progress
 from bloomjax.errors import ConfigError, DoesNotFitError, InputError, UserError
 from bloomjax.formats.names import Row
 from bloomjax.formats.tensors import PARAMS, Reader, Writer, order, parts
+from bloomjax.metrics import amount
 
 _TRIAL_BYTES = 64 << 20
 
@@ -84,7 +85,7 @@ def transfer(reader: Reader, writer: Writer, kinds: tuple[str, ...]) -> str:
                 progress.update(done, peak())
         while ahead:
             done += _write(writer, *ahead.popleft())
-    progress.done(f"{done / 1e6:,.0f} MB, {peak()}")
+    progress.done(f"{amount(done)}, {peak()}")
     return digest.hexdigest()
 
 
@@ -139,8 +140,7 @@ def appearing(path: Path, needed: int) -> Iterator[Path]:
     disk has less than `needed` bytes, InputError if it cannot be written.
     """
     path = path.absolute()
-    if os.path.lexists(path):
-        raise ConfigError(f"{path}: expected nothing there, found something: choose another name")
+    check_absent(path)
     folder = path.with_name(f".{path.name}.converting")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def appearing(path: Path, needed: int) -> Iterator[Path]:
         if (free := shutil.disk_usage(folder).free) < needed:
             folder.rmdir()
             raise DoesNotFitError(
-                f"{path}: expected {gigabytes(needed)} of free disk, found {gigabytes(free)}: make "
+                f"{path}: expected {amount(needed)} of free disk, found {amount(free)}: make "
                 "room, choose a smaller --dtype or another disk"
             )
         new = folder / path.name
@@ -172,6 +172,12 @@ def appearing(path: Path, needed: int) -> Iterator[Path]:
             folder.rmdir()
     finally:
         os.close(lock)
+
+
+def check_absent(path: Path) -> None:
+    """ConfigError if something is there: nothing is ever overwritten."""
+    if os.path.lexists(path):
+        raise ConfigError(f"{path}: expected nothing there, found something: choose another name")
 
 
 def _clear(folder: Path) -> None:
@@ -212,7 +218,3 @@ def rate(reader: Reader, folder: Path) -> float:
         file.flush()
         os.fsync(file.fileno())
     return done / (time.monotonic() - start)
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB"

@@ -50,7 +50,7 @@ def copy(reader: Reader, writer: Writer) -> None:
         for row, layer in order(reader.config):
             for start, stop in writer.parts(row, kind):
                 writer.write(row, layer, start, reader.read(row, layer, start, stop, kind), kind)
-    writer.finish()
+    writer.finish("5a" * 32)
 
 
 def same(one: Reader, other: Reader) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,10 +39,13 @@ ROOMS = [
 FLOOR = {room: -i for i, rooms in enumerate(ROOMS) for room in rooms}
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        yield ".".join(p for p in parts if p != "__init__"), ast.parse(path.read_text())
+@functools.cache
+def modules() -> list[tuple[str, ast.Module]]:
+    paths = {p: p.relative_to(PACKAGE).with_suffix("").parts for p in PACKAGE.rglob("*.py")}
+    return [
+        (".".join(p for p in parts if p != "__init__"), ast.parse(path.read_text()))
+        for path, parts in sorted(paths.items())
+    ]
 
 
 def imported(tree: ast.Module) -> Iterator[str]:

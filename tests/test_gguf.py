@@ -27,7 +27,7 @@ from bloomjax.formats.gguf import HEAD, GGUFReader
 from bloomjax.formats.gguf_file import KINDS, GGUFFile, header
 from bloomjax.formats.gguf_writer import FILE_TYPES, GGUFWriter
 from bloomjax.formats.names import ROWS, TABLE, Row
-from bloomjax.formats.tensors import DTYPES, order
+from bloomjax.formats.tensors import DTYPES, order, parts
 
 ODD = model_config(layers=2, width=42, heads=6, vocab_size=75)
 EVEN = model_config(layers=2, width=64, heads=2, vocab_size=50)
@@ -44,13 +44,14 @@ def random_weights(config: ModelConfig, dtype: Any = np.float32) -> Weights:
 
 def write(path: Path, config: ModelConfig, kind: str, weights: Weights, **fields: Any) -> None:
     defaults: dict[str, Any] = {"tokenizer": {}, "context_length": 2048, "name": "tiny"}
-    defaults |= {"license": "bigscience-bloom-rail-1.0", "origin": {"path": "here"}}
+    defaults |= {"origin": {"path": "here"}}
     writer = GGUFWriter(path, config, kind, **(defaults | fields))
     for row, layer in order(config):
         rows = weights[row.path, layer]
-        for start, stop in writer.parts(row):
+        assert list(writer.parts(row)) == [(0, len(rows))]  # they are small
+        for start, stop in parts(row, config.sizes, 4, 5000):
             writer.write(row, layer, start, rows[start:stop])
-    writer.finish()
+    writer.finish("5a" * 32)
 
 
 def in_file_order(row: Row, rows: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -148,7 +149,7 @@ def test_metadata(tmp_path: Path, tokenizer: Mapping[str, bytes]) -> None:
     assert types[4:] == [1] * (size - 4) + [5] * (320 - size)
     spec = json.loads(tokenizer["tokenizer.json"])
     assert found.pop("tokenizer.ggml.merges") == [" ".join(m) for m in spec["model"]["merges"]]
-    assert json.loads(found.pop("bloomjax.origin")) == origin
+    assert json.loads(found.pop("bloomjax.origin")) == {**origin, "sha256": "5a" * 32}
     assert found.pop("bloom.attention.layer_norm_epsilon") == pytest.approx(1e-5)
     assert found == {
         "general.architecture": "bloom",
@@ -175,7 +176,7 @@ def test_metadata(tmp_path: Path, tokenizer: Mapping[str, bytes]) -> None:
         "tokenizer.ggml.padding_token_id": 3,
     }
     origin_read = GGUFReader(tmp_path / "m.gguf").origin
-    assert origin_read["general.name"] == "tiny" and json.loads(origin_read["bloomjax.origin"])
+    assert origin_read["general.name"] == "tiny" and origin_read["source"]["n"] == [1]
 
 
 def k_quant_file(path: Path, config: ModelConfig, kinds: list[str]) -> dict[str, np.ndarray]:
@@ -392,9 +393,18 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_other_tokenizers_are_refused(tmp_path: Path, tokenizer: Mapping[str, bytes]) -> None:
     spec = json.loads(tokenizer["tokenizer.json"])
-    other = spec | {"pre_tokenizer": {"type": "ByteLevel"}}
+    level = spec["pre_tokenizer"]["pretokenizers"][1]
+    split = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", "invert": False}
+    gpt2 = {"type": "Sequence", "pretokenizers": [split, level]}
+    others: list[dict[str, Any]] = [
+        {"pre_tokenizer": {"type": "ByteLevel"}},
+        {"pre_tokenizer": gpt2},
+        {"normalizer": {"type": "NFC"}},
+        {"model": spec["model"] | {"type": "WordPiece"}},
+        {"model": spec["model"] | {"vocab": {"\ud800": 0}}},
+    ]
     for files in (
-        {"tokenizer.json": json.dumps(other).encode()},
+        *({"tokenizer.json": json.dumps(spec | other).encode()} for other in others),
         {"tokenizer.json": b"[" * 100_000},
         {"tokenizer.model": b"sentencepiece"},
     ):

@@ -32,12 +32,11 @@ def good(path: Path) -> bytes:
         tokenizer={"tokenizer.json": vocabulary.read_bytes()},
         context_length=2048,
         name="good",
-        license=None,
         origin={},
     )
     for row, layer in order(CONFIG):
         writer.write(row, layer, 0, np.ones(row.shape(CONFIG.sizes), np.float32))
-    writer.finish()
+    writer.finish("0" * 64)
     GGUFReader(path).tokenizer()
     return path.read_bytes()
 
@@ -160,6 +159,7 @@ def without(key: str) -> dict[str, tuple[int, Any]]:
 MODELS: dict[str, tuple[dict[str, tuple[int, Any]], str]] = {
     "no architecture": (without("general.architecture"), "general.architecture"),
     "another architecture": (VALUES | {"general.architecture": (8, "x\n" * 500)}, "bloom"),
+    "a part of a model": (VALUES | {"split.count": (2, 3)}, "one of 3 parts"),
     "no width": (without("bloom.embedding_length"), "embedding_length"),
     "a width in words": (VALUES | {"bloom.embedding_length": (8, "32")}, "of type int"),
     "a list of widths": (VALUES | {"bloom.embedding_length": (4, [32] * 9)}, "of type int"),
@@ -252,6 +252,14 @@ TOKENIZERS: dict[str, tuple[dict[str, tuple[int, Any]], str]] = {
     "tokens as one string": ({"tokenizer.ggml.tokens": (8, "abc")}, "of type Array"),
     "types as strings": ({"tokenizer.ggml.token_type": (8, ["a"] * 7)}, "array of numbers"),
     "too few types": ({"tokenizer.ggml.token_type": (5, [1])}, "a type for each"),
+    "a token twice": ({"tokenizer.ggml.tokens": (8, [*"abcdef", "a"])}, "different tokens"),
+    "more tokens than rows": (
+        {
+            "tokenizer.ggml.tokens": (8, [f"{i}" for i in range(301)]),
+            "tokenizer.ggml.token_type": (5, [1] * 301),
+        },
+        "at most 300",
+    ),
     "merges of three": ({"tokenizer.ggml.merges": (8, ["a b c"])}, "merges of two"),
 }
 

@@ -54,6 +54,7 @@ MALFORMED = {
     "end before begin": file({"a": entry(8, 0, [2])}, 8),
     "negative offsets": file({"a": entry(-8, 0, [2])}, 8),
     "shape says more than the offsets": file({"a": entry(0, 8, [1 << 40])}, 8),
+    "shape says less than the offsets": file({"a": entry(0, 16, [2])}),
     "shape that overflows 64 bits": file({"a": entry(0, 8, [1 << 62, 4, 2])}, 8),
     "negative shape": file({"a": entry(0, 8, [-1, -2])}, 8),
     "shape of 100,000 dimensions": file({"a": entry(0, 4, [1] * 99_999)}, 4),

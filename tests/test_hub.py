@@ -39,7 +39,9 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         api = f"/api/models/{ID}"
         if path in (f"{api}/revision/{name}" for name in ("main", TAG)):
-            self._send(json.dumps({"id": ID, "sha": COMMIT, "siblings": []}).encode(), {}, body)
+            siblings = [{"rfilename": name} for name in self.files]
+            about = {"id": ID, "sha": COMMIT, "siblings": siblings}
+            self._send(json.dumps(about).encode(), {}, body)
         elif path == f"{api}/tree/{COMMIT}":
             entries = [
                 {"type": "file", "path": name, "size": len(data), "oid": sha256(data).hexdigest()}
@@ -79,7 +81,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub
         tmp_path / "made", {"model.safetensors": weights(), "pytorch_model.bin": weights()}
     )
     files = {file.name: file.read_bytes() for file in made.iterdir()}
-    others = ("README.md", "flax_model.msgpack", "bloom.Q8_0.gguf", "onnx/model.safetensors")
+    others = ["README.md", "flax_model.msgpack", "bloom.Q8_0.gguf", "onnx/model.safetensors"]
+    others.append("model-old/1-of-2.safetensors")
     files |= {name: b"not for us" for name in others}
     handler = type("OneHub", (Hub,), {"files": files, "served": []})
     running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -108,7 +111,7 @@ def test_sizes_first_then_only_what_we_read(server: type[Hub], capsys) -> None:
     assert sorted(server.served) == ["config.json", "model.safetensors"]
     digest = sha256(server.files["model.safetensors"]).hexdigest()
     assert (origin["repository"], origin["revision"], origin["commit"]) == (ID, TAG, COMMIT)
-    assert origin["sha256"]["model.safetensors"] == digest
+    assert origin["files_sha256"]["model.safetensors"] == digest
     assert HFReader(path, origin).origin["commit"] == COMMIT
     assert hub.find(source).missing == 0
     hub.fetch(source)
@@ -134,12 +137,12 @@ def test_offline_the_cache_answers(server: type[Hub], monkeypatch, tmp_path: Pat
     path, origin = hub.fetch(f"{ID}@{TAG}")
     assert origin["commit"] == COMMIT and len(server.served) == 2
     HFReader(path)
-    with pytest.raises(InputError, match="cache lacks it"):
+    with pytest.raises(InputError, match="nothing in the cache"):
         hub.find(f"{ID}@another")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     _point(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")  # nobody listens there
     assert hub.fetch(f"{ID}@{TAG}")[0] == path
-    with pytest.raises(InputError, match="cache lacks it"):
+    with pytest.raises(InputError, match="nothing in the cache"):
         hub.find("runs/mistyped")
 
 

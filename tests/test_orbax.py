@@ -52,7 +52,8 @@ def test_what_is_written_reads_back(
     found = OrbaxReader(written(tmp_path / "run", source))
     same(found, source)
     assert found.tokenizer() == {"tokenizer.json": b"{}"}
-    assert found.origin["source"] == {"format": "memory"} and found.origin["step"] == 0
+    assert found.origin["source"] == {"format": "memory", "sha256": "5a" * 32}
+    assert found.origin["step"] == 0 and found.context_length == 2048
 
 
 def test_a_training_state_reads_back(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ keys, all values), and most tensors of most files are quantised. The invariant: 
 the `gguf` package's `dequantize` gives of the same blocks, in Hugging Face's order.
 """
 
+import contextlib
 import importlib
+import json
 import os
 from typing import Any
 
@@ -15,10 +17,19 @@ from bloomjax.errors import InputError
 from bloomjax.formats.gguf_file import GGUFFile, Kind, Tensor
 from bloomjax.formats.gguf_tokenizer import from_gguf
 from bloomjax.formats.names import HEADS, ROWS, Row
-from bloomjax.formats.tensors import DTYPES, PARAMS, Stored, check_tensors, model_config, order
+from bloomjax.formats.tensors import (
+    CONTEXT_LENGTH,
+    DTYPES,
+    PARAMS,
+    Stored,
+    check_tensors,
+    model_config,
+    order,
+)
 
 ORIGIN = "bloomjax.origin"  # JSON: where the weights came from
 HEAD = HEADS[1]  # what GGUF calls a copy of the embedding
+_MAX_NOTE = 10_000  # characters of a piece of provenance
 _SAMPLE = 256  # rows of a head that are compared with the embedding's
 
 
@@ -40,8 +51,14 @@ class GGUFReader:
             raise InputError(
                 f"{path}: expected general.architecture bloom, found {architecture[:40]!r}"
             )
+        if (split := file.get("split.count", int, 1)) > 1:
+            raise InputError(
+                f"{path}: expected a whole model, found one of {split} parts: join them with "
+                "llama-gguf-split --merge"
+            )
         embed = file.tensors.get(ROWS["embed"].gguf)
-        width, heads = (file.get(f"bloom.{key}", int) for key in _SIZES)
+        width = file.get("bloom.embedding_length", int)
+        heads = file.get("bloom.attention.head_count", int)
         epsilon = file.get("bloom.attention.layer_norm_epsilon", float)
         self.config = model_config(
             path,
@@ -70,9 +87,9 @@ class GGUFReader:
         length = file.get("bloom.context_length", int, 0)  # often the width, by mistake
         self.context_length = length if length not in (0, width) else CONTEXT_LENGTH
         self.origin: dict[str, Any] = {"format": self.format, "path": str(path)} | {
-            key: value[:1000]
+            key: value
             for key, value in file.values.items()
-            if key.startswith("general.") and type(value) is str
+            if key.startswith("general.") and type(value) is str and len(value) < _MAX_NOTE
         }
         with contextlib.suppress(ValueError, RecursionError):
             self.origin["source"] = json.loads(file.get(ORIGIN, str, ""))
@@ -80,8 +97,9 @@ class GGUFReader:
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         """The stored one; float32 where a layer is quantised, or layers are stored differently."""
         del kind  # PARAMS is the only one
-        found = {self._tensor(row, layer).kind.dtype for layer in row.layers(self.config)}
-        return found.pop() or DTYPES["float32"] if len(found) == 1 else DTYPES["float32"]
+        stored = {self._tensor(row, layer).kind.dtype for layer in row.layers(self.config)}
+        (one,) = stored if len(stored) == 1 else (None,)
+        return DTYPES["float32"] if one is None else one
 
     def read(self, row: Row, layer: int, start: int, stop: int, kind: str = PARAMS) -> np.ndarray:
         """See `formats.tensors.Reader`."""
@@ -103,7 +121,7 @@ class GGUFReader:
 
     def tokenizer(self) -> dict[str, bytes]:
         """See `formats.tensors.Reader`; made anew from the metadata `tokenizer.ggml.*`."""
-        return from_gguf(self._file)
+        return from_gguf(self._file, self.config.vocab_size)
 
     def _tensor(self, row: Row, layer: int) -> Tensor:
         name = self._embed if row.path == "embed" else row.gguf.format(layer)
@@ -139,16 +157,13 @@ class GGUFReader:
             for t in (embed, head)
         )
         difference, size = np.linalg.norm(a - b), np.linalg.norm(a)
-        # Q2_K, the coarsest, is off by a fourth; independent matrices differ by 1.4 of their size
+        # Q2_K, the coarsest, is off by 0.3 of its size; independent matrices differ by 1.4
         if not difference <= _tolerance(embed.kind, head.kind) * size:
             raise InputError(
                 f"{self._file.path}: expected {HEAD} to be a copy of {names[0]}, as BLOOM's is "
                 "tied, found another matrix: such a model cannot be loaded"
             )
         return names[head.nbytes > embed.nbytes]
-
-
-_SIZES = ("embedding_length", "attention.head_count")
 
 
 def _tolerance(a: Kind, b: Kind) -> float:

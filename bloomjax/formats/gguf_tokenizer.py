@@ -88,10 +88,10 @@ def _is_blooms(pre: Mapping[str, Any]) -> bool:
     )
 
 
-def from_gguf(file: GGUFFile) -> dict[str, bytes]:
+def from_gguf(file: GGUFFile, vocab_size: int) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json of a file's metadata; {} if it has no tokenizer.
 
-    InputError if it is not BLOOM's kind of tokenizer.
+    InputError if it is not BLOOM's kind of tokenizer, or has more ids than the model.
     """
     prefix = "tokenizer.ggml."
     kind = file.get(prefix + "model", str, "none")
@@ -110,19 +110,23 @@ def from_gguf(file: GGUFFile) -> dict[str, bytes]:
     else:
         types = stored.tolist()
     vocab, added = {}, []
-    for index, (token, number) in enumerate(zip(tokens, types, strict=False)):
-        if number == _UNUSED or token == f"[PAD{index}]":
-            continue
+    used = [
+        (index, token, number)
+        for index, (token, number) in enumerate(zip(tokens, types, strict=False))
+        if number != _UNUSED and token != f"[PAD{index}]"
+    ]
+    for index, token, number in used:
         vocab[token] = index
         if number in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             special = number != _USER_DEFINED
             added.append({"id": index, "content": token, **flags, "special": special})
     pairs = [merge.split(" ") for merge in merges]
-    if len(types) != len(tokens) or not all(len(pair) == 2 for pair in pairs):
+    fits = len(types) == len(tokens) <= vocab_size and len(vocab) == len(used)
+    if not fits or not all(len(pair) == 2 for pair in pairs):
         raise InputError(
-            f"{file.path}: expected a type for each token and merges of two tokens, found others: "
-            "get the file again"
+            f"{file.path}: expected at most {vocab_size} different tokens, a type for each, and "
+            "merges of two, found others: get the file again"
         )
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from bloomjax.config import ModelConfig
@@ -30,7 +31,7 @@ from bloomjax.formats.gguf_file import (
 )
 from bloomjax.formats.gguf_tokenizer import to_gguf
 from bloomjax.formats.names import Row
-from bloomjax.formats.tensors import PARAMS, order, parts
+from bloomjax.formats.tensors import CONTEXT_LENGTH, PARAMS, licence, order, parts
 
 # What may be written -> general.file_type (llama_ftype in include/llama.h).
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
@@ -49,16 +50,14 @@ class GGUFWriter:
         kind: str,
         *,
         tokenizer: Mapping[str, bytes],
-        context_length: int,
+        context_length: int = CONTEXT_LENGTH,
         name: str,
-        license: str | None,
         origin: Mapping[str, Any],
     ):
         """Makes the file with its header at its full size, all tensors zero.
 
         `kind` is one of FILE_TYPES; `tokenizer` files as `Reader.tokenizer` gives them; the
-        context length is that of training (2048 tokens for BLOOM); `license` as the hub spells it
-        (bigscience-bloom-rail-1.0 for all that descends from BLOOM); `origin` is kept as JSON.
+        context length is that of training; `origin` is kept as JSON.
         InputError if GGUF cannot hold this model or tokenizer.
         """
         if kind not in FILE_TYPES:
@@ -77,7 +76,7 @@ class GGUFWriter:
             "general.architecture": (STRING, "bloom"),
             "general.type": (STRING, "model"),
             "general.name": (STRING, name),
-            **({"general.license": (STRING, license)} if license else {}),
+            **({"general.license": (STRING, terms)} if (terms := licence(origin)) else {}),
             **({"general.source.url": (STRING, source)} if source else {}),
             ORIGIN: (STRING, _origin(origin, "0" * 64)),  # as long as it will be
             "general.file_type": (UINT32, FILE_TYPES[kind]),
@@ -146,27 +145,28 @@ class GGUFWriter:
         return KINDS["Q8_0"] if embedding else self._kind
 
     def _cast(self, name: str, kind: Kind, rows: np.ndarray) -> np.ndarray:
-        if kind.dtype is not None:
-            with np.errstate(over="ignore"):
-                out = rows.astype(kind.dtype, copy=False)
-            lost = np.isfinite(rows) & ~np.isfinite(out)
-        else:  # scales of blocks are float16, and take no infinities
-            lost = ~(np.abs(rows) <= np.finfo(np.float16).max)
-        if lost.any():
+        if rows.dtype == kind.dtype:
+            return rows
+        rows = rows.astype(np.float32, copy=False)
+        if rows.dtype == kind.dtype:
+            return rows
+        most = float(ml_dtypes.finfo(kind.dtype or np.float16).max)  # float16: scales of blocks
+        least, largest = rows.min(), rows.max()
+        if not -most <= least <= largest <= most:
+            found = largest if -most <= least else least
             raise InputError(
-                f"{name}: expected numbers that {kind.name} holds, found {rows[lost].flat[0]}: "
-                "write bf16 or f32"
+                f"{name}: expected numbers that {kind.name} holds, found {found}: write bf16 or f32"
             )
-        if kind.dtype is None:
-            quants = package(self._path)
-            whole = rows.astype(np.float32, copy=False)
-            out = quants.quantize(whole, quants.GGMLQuantizationType(kind.number))
-        return out
+        if kind.dtype is not None:
+            return rows.astype(kind.dtype)
+        quants = package(self._path)
+        return quants.quantize(rows, quants.GGMLQuantizationType(kind.number))
 
     def _put(self, tensor: Tensor, start: int, rows: np.ndarray) -> None:
-        self._pwrite(rows.tobytes(), tensor.offset + start * (tensor.nbytes // tensor.shape[0]))
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        self._pwrite(data, tensor.offset + start * (tensor.nbytes // tensor.shape[0]))
 
-    def _pwrite(self, data: bytes, offset: int) -> None:
+    def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
         while view:
             done = os.pwrite(self._file.fileno(), view, offset)

@@ -4,6 +4,7 @@ The invariant: names of files come from the folder's listing or from an index th
 against it, and every tensor of the model is there exactly once before any is read.
 """
 
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -187,7 +188,7 @@ class HFWriter:
         *,
         tokenizer: Mapping[str, bytes],
         origin: Mapping[str, Any],
-        context_length: int,
+        context_length: int = tensors.CONTEXT_LENGTH,
         max_shard_bytes: int = 5_000_000_000,
     ):
         """`tokenizer` and `origin` are those of the reader. All files of weights are made here, in

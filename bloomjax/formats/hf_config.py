@@ -24,8 +24,7 @@ _SPELLINGS = {
 ORIGIN = "bloomjax_origin.json"  # beside config.json: where the weights came from
 _SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 _CARD = """---
-license: bigscience-bloom-rail-1.0
-library_name: transformers
+{head}library_name: transformers
 pipeline_tag: text-generation
 tags:
 - bloom
@@ -36,11 +35,7 @@ tags:
 
 ## Licence
 
-The weights of BLOOM and BLOOMZ, and all that derives from them, are under the BigScience BLOOM RAIL
-License 1.0: https://huggingface.co/spaces/bigscience/license. Whoever passes them on passes on its
-use restrictions too (paragraph 5 and Attachment A) with a copy of the licence, and says what was
-changed. Weights that were trained from nothing else than your own data are yours: then change this
-section, and the licence at the head.
+{licence}
 
 ## Where it comes from
 
@@ -48,6 +43,11 @@ section, and the licence at the head.
 {origin}
 ```
 """
+_RAIL = """The weights of BLOOM and BLOOMZ, and all that derives from them, are under the BigScience
+BLOOM RAIL License 1.0: https://huggingface.co/spaces/bigscience/license. Whoever passes them on
+passes on its use restrictions too (paragraph 5 and Attachment A) with a copy of the licence, and
+says what was changed."""
+_OWN = "Trained from random weights, so BLOOM's licence does not apply: state your own."
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -147,8 +147,11 @@ def side_files(
     if "tokenizer.json" in tokenizer:
         files["tokenizer_config.json"] = settings | {"add_prefix_space": False} | _SPECIALS
         files["special_tokens_map.json"] = _SPECIALS
-    files[ORIGIN] = {"dtype": dtype.name, "source": dict(origin)}
+    files[ORIGIN] = dict(origin)
+    terms = tensors.licence(origin)
     card = _CARD.format(
+        head=f"license: {terms}\n" if terms else "",
+        licence=_RAIL if terms else _OWN,
         count=config.parameter_count,
         dtype=dtype.name,
         layers=config.layers,

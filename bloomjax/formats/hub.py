@@ -110,8 +110,8 @@ def _cached(source: str, repository: str, revision: str) -> Remote:
         )
     except OSError as error:
         raise InputError(
-            f"{source}: expected a folder, a file or a model of the Hub, found no path, and that "
-            "the cache lacks it while the Hub is off or out of reach"
+            f"{source}: expected a folder, a file or a model of the Hub, found no such "
+            "path, nothing in the cache, and the Hub off or out of reach"
         ) from error
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     return Remote(repository, revision, folder.name, tuple(sizes), sum(sizes.values()), 0)
@@ -153,7 +153,8 @@ def fetch(source: str) -> tuple[Path, dict[str, Any]]:
     links = {name: os.path.basename(os.path.realpath(folder / name)) for name in remote.files}
     return folder, {
         "repository": remote.repository,
+        "url": f"https://huggingface.co/{remote.repository}",
         "revision": remote.revision,
         "commit": folder.name,
-        "sha256": {name: blob for name, blob in links.items() if len(blob) == 64},
+        "files_sha256": {name: blob for name, blob in links.items() if len(blob) == 64},
     }

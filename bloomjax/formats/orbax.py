@@ -112,7 +112,7 @@ class OrbaxWriter:
         progress: Progress | None,
         tokenizer: dict[str, bytes],
         origin: Mapping[str, Any],
-        context_length: int,
+        context_length: int = tensors.CONTEXT_LENGTH,
     ):
         self._config, self._progress, self._origin = config, progress, origin
         self._context_length = context_length

@@ -191,6 +191,14 @@ def model_config(
     return dataclasses.replace(base, **known, layer_norm_epsilon=layer_norm_epsilon, **fields)
 
 
+def licence(origin: Mapping[str, Any]) -> str | None:
+    """That of weights that came from `origin`, as the hub spells it: BLOOM's own, which whatever
+    derives from BLOOM keeps. None for what a run of ours trained from nothing."""
+    while isinstance(before := origin.get("source"), Mapping):
+        origin = before
+    return None if origin.get("format") == "orbax" else "bigscience-bloom-rail-1.0"
+
+
 def check_tensors(
     source: object, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
