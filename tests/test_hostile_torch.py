@@ -256,6 +256,18 @@ NO_ZIP = {
 }  # fmt: skip
 
 
+def test_a_member_inside_another(tmp_path: Path) -> None:
+    path, inner = tmp_path / "x.pt", io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("archive/data/1", b"inside")
+    saved(path, pickled(b"}"), {"data/0": inner.getvalue(), "data/1": b"inside"})
+    data = bytearray(path.read_bytes())
+    at = data.rindex(ENTRY) + 42
+    data[at : at + 4] = struct.pack("<I", data.index(inner.getvalue()))
+    path.write_bytes(data)
+    refused(lambda: read_torch(path), "overlap")
+
+
 @pytest.mark.parametrize("name", NO_ZIP)
 def test_odd_archives(tmp_path: Path, name: str) -> None:
     path = tmp_path / "x.pt"

@@ -3,6 +3,7 @@ BigScience's stack would have written gives the parameters and moments that it w
 
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import model_config
-from hostile import refused
+from hostile import refused, survives
 from oracles import megatron_tensors as made
 from oracles.weights import hf_weights
 
 from bloomjax.config import ModelConfig
 from bloomjax.errors import ConfigError
+from bloomjax.formats import megatron, torchfile, zero
 from bloomjax.formats.megatron import MegatronReader, MegatronWriter
-from bloomjax.formats.tensors import KINDS, order
+from bloomjax.formats.tensors import KINDS, Stored, order
 from bloomjax.formats.torchfile import Planned, TorchWriter, read_torch
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -95,16 +97,17 @@ def test_moments_are_those_of_the_whole_model(folder: Path, name: str) -> None:
                 assert np.array_equal(rows, whole[start:stop]), (kind, row.path)
 
 
+@pytest.mark.parametrize("name", ["", "tp4"])
 def test_layer_files_are_merged_as_the_hubs_converter_did(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With optimizer files of fp16 ZeRO, which are left out: weights are those of layer files."""
-    for file in (folder / "global_step7").iterdir():
+    for file in (folder / name / "global_step7").iterdir():
         (tmp_path / file.name.removeprefix("bf16_")).write_bytes(file.read_bytes())
     reader = MegatronReader(tmp_path)
     (line,) = caplog.messages
     assert "fp16 ZeRO" in line and reader.progress is None
-    expected = read_torch(folder / "converted.pt")
+    expected = read_torch(folder / name / "converted.pt")
     for row, layer in order(reader.config):
         whole = expected[row.hf.format(layer)]
         whole = whole.rows(0, whole.shape[0])
@@ -204,6 +207,7 @@ def _optimizer(**changes: Any) -> dict[str, Any]:
         (_optimizer(param_slice_mappings=7), "another optimizer"),
         (_optimizer(param_slice_mappings=[{"x": {"start": 0, "numel": 9}}]), "another optimizer"),
         (_optimizer(base_optimizer_state={"state": []}), "another optimizer"),
+        (_optimizer(param_slice_mappings=[{5: None}]), "no name"),
         (_optimizer(), "elements of"),
     ],
 )
@@ -214,20 +218,25 @@ def test_absurd_optimizer_files(folder: Path, tmp_path: Path, tree: Any, found: 
 
 
 @pytest.mark.parametrize(
-    ("start", "count"), [(0, 10**9), (-1, 5), (10**9, 5), (0, -5), (0, 7), (1, None), (True, 5)]
+    "changes",
+    [
+        *({"numel": 10**9}, {"start": -1}, {"start": 10**9}, {"numel": -5}, {"numel": None}),
+        *({"start": True}, {"start": "0"}, {"start": 1 << 70}),
+    ],
+    ids=str,
 )
 def test_pieces_stay_in_their_partition(
-    folder: Path, tmp_path: Path, start: int, count: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(path: Path) -> Any:
         tree = read_torch(path)
         if "optim" in path.name:
             mapping = tree["optimizer_state_dict"]["param_slice_mappings"][0]
-            next(iter(mapping.values())).state.update(start=start, numel=count)
+            next(iter(mapping.values())).state.update(changes)
         return tree
 
     monkeypatch.setattr("bloomjax.formats.zero.read_torch", read)
-    refused(lambda: MegatronReader(folder))
+    refused(lambda: MegatronReader(folder), "outside of its partition")
 
 
 def test_layers_of_other_shapes(folder: Path, tmp_path: Path) -> None:
@@ -256,3 +265,35 @@ def test_where_it_came_from_is_kept(tmp_path: Path) -> None:
         "iteration": 3,
         "source": {"path": "somewhere", "sha256": "1234"},
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bf16_zero_pp_rank_1_mp_rank_02_optim", "mp_rank_00_model"])
+def test_mutated_pickles(
+    folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a damaged file gives is judged before it is used."""
+    file = folder / "global_step7" / f"{name}_states.pt"
+    step = tmp_path / "step"
+    step.mkdir()
+    shutil.copy(file, step / "mp_rank_00_model_states.pt")
+    with zipfile.ZipFile(file) as archive:
+        seed = archive.read(f"{file.stem}/data.pkl")
+
+    def read(path: Path) -> None:
+        data = {16: b"little", torchfile.PICKLE_BYTES: path.read_bytes()}
+        monkeypatch.setattr(torchfile, "content", lambda path, member, limit: data[limit])
+        if "optim" in name:
+            list(zero._pieces(file))
+        else:
+            state = megatron._state(step)
+            tensors = {
+                f"6.{x}": [Stored(file, 0, np.dtype("f"), (12,))] for x in ("weight", "bias")
+            }
+            embed = Stored(file, 0, np.dtype("f"), (20, 12))
+            tensors["tied_modules.embed.word_embeddings.weight"] = [embed]
+            megatron._config(step, tensors, state)
+            megatron._progress(step, state)
+            megatron._origin(step, state)
+
+    assert survives(read, [seed], tmp_path / "x.pkl") > 2000

@@ -95,9 +95,18 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert np.array_equal(found["b"].rows(0, 70), b)
     assert found[7].rows(0, 1).tolist() == [9]
     assert found["inside"][0]["empty"].shape == (0, 3)
-    assert all(x.offset % 64 == 0 for x in (found["a"], found["b"], found[7]))
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
+
+
+def test_tensors_are_aligned_as_torchs_are(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    sizes = [1, 33, 95, 32, 64, 7]
+    writer = TorchWriter(path, [Planned(np.dtype(np.int8), (size,)) for size in sizes])
+    for size in sizes:
+        writer.write(np.zeros(size, np.int8))
+    writer.finish()
+    assert [tensor.offset % 64 for tensor in read_torch(path)] == [0] * len(sizes)
 
 
 def test_a_tensor_that_is_not_written_is_noticed(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from bloomjax.config import SIZES, ModelConfig
+from bloomjax.data.files import replacing
 from bloomjax.errors import ConfigError, InputError
 from bloomjax.formats import zero
 from bloomjax.formats.names import TABLE, Row
@@ -34,7 +35,7 @@ from bloomjax.formats.tensors import (
 )
 from bloomjax.formats.torchfile import Planned, TorchWriter, read_torch
 from bloomjax.formats.unpickle import Stub
-from bloomjax.formats.untrusted import parse_json
+from bloomjax.formats.untrusted import opened, parse_json
 
 PART_BYTES = 16 << 20
 LAST_FILE = 4  # layers + 4 is the number of the last layer file
@@ -64,7 +65,8 @@ class MegatronReader:
     file `latest`; of any tensor, pipeline and data parallel degree.
 
     With the files of the BF16 optimizer, or in a universal folder, parameters are the optimizer's
-    float32 weights, and the moments are there too.
+    float32 weights, and the moments are there too. The vocabulary is that of the tensors: padded,
+    but for the later dialects of the universal form, which leave the padding out.
     """
 
     format = "megatron"
@@ -86,8 +88,8 @@ class MegatronReader:
                 log.warning("%s: optimizer files of fp16 ZeRO are not read; weights only", folder)
         self.progress = _progress(folder, state) if MU in self._shards else None
         self.origin = _origin(folder, state)
-        length = _whole(_args(state).get("seq_length"))
-        self.context_length = length or CONTEXT_LENGTH
+        length = _whole(_args(state).get("seq_length")) or CONTEXT_LENGTH
+        self.context_length = min(length, 1 << 20)
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         return self._of(row, 0, kind)[0].dtype
@@ -138,7 +140,7 @@ def _step_folder(folder: Path) -> Path:
     """`folder` itself, or that which its file `latest` names."""
     for pointer in ("latest", "latest_universal"):
         if (folder / pointer).is_file():
-            with open(folder / pointer, "rb") as file:
+            with opened(folder / pointer) as (file, _):
                 tag = file.read(256).decode(errors="replace").strip()
             if not re.fullmatch(r"\w[\w.-]{0,199}", tag) or not (folder / tag).is_dir():
                 raise InputError(
@@ -329,7 +331,8 @@ class MegatronWriter:
         for rank in range(self._tp * self._pp):
             path = self._folder / self._tag / f"mp_rank_{rank:02d}_model_states.pt"
             TorchWriter(path, state).finish()
-        (self._folder / "latest").write_text(self._tag)
+        with replacing(self._folder / "latest") as file:
+            file.write(self._tag.encode())
 
     def _open(self, number: int, rank: int) -> TorchWriter:
         """One tensor-parallel rank's file of a layer."""

@@ -105,11 +105,14 @@ def _pieces(path: Path) -> Iterator[tuple[str, str, Stored]]:
     """(kind, parameter, piece) of one file, in the order of the parameters."""
     try:
         state = read_torch(path)["optimizer_state_dict"]
-        masters = state["single_partition_of_fp32_groups"]
+        masters, seen = state["single_partition_of_fp32_groups"], set()
         for group, mapping in enumerate(state["param_slice_mappings"]):
             moments = state["base_optimizer_state"]["state"][group]
             flat = {PARAMS: masters[group], MU: moments["exp_avg"], NU: moments["exp_avg_sq"]}
             for name, address in mapping.items():
+                if type(name) is not str or name in seen:
+                    raise ValueError("no name of a parameter, or one twice")
+                seen.add(name)
                 start, count = address.state["start"], address.state["numel"]
                 for kind, whole in flat.items():
                     yield kind, name, _piece(whole, start, count)
@@ -135,7 +138,7 @@ def universal(folder: Path) -> dict[str, Names]:
     found: dict[str, Names] = {}
     for path in folder.iterdir():
         for kind, file in UNIVERSAL.items():
-            if (path / f"{file}.pt").exists():
+            if re.fullmatch(r"[\w.]{1,128}", path.name) and (path / f"{file}.pt").exists():
                 tensor = read_torch(path / f"{file}.pt")
                 if type(tensor) is dict:
                     tensor = tensor.get("param")

@@ -325,7 +325,9 @@ def main() -> None:
         folder = pathlib.Path(temporary)
         save_folder(folder, LAYERS, WIDTH, HEADS, VOCAB_SIZE, TP, PP, DP)
         save_universal(folder / f"global_step{STEP}", TP, PP, DP)
-        torch.save(convert(folder / f"global_step{STEP}"), folder / "converted.pt")
+        save_folder(folder / "tp4", LAYERS, WIDTH, HEADS, VOCAB_SIZE, 4, 1, 1)
+        for path in (folder, folder / "tp4"):
+            torch.save(convert(path / f"global_step{STEP}"), path / "converted.pt")
 
         def anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
             info.uid = info.gid = info.mtime = 0

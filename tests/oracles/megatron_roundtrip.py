@@ -115,6 +115,14 @@ def read(shape: tuple[int, ...], tp: int, pp: int, dp: int) -> list[str]:
                     whole = expected[state][row.hf.format(layer)]
                     if reader.read(row, layer, 0, len(whole), kind).tobytes() != whole.tobytes():
                         wrong.append(f"{kind} {row.path} {layer}")
+        step = folder / f"global_step{STEP}"
+        for path in step.glob("bf16_zero_*"):  # and what the layer files have
+            path.unlink()
+        reader, converted = MegatronReader(step), convert(step)
+        for row, layer in order(reader.config):
+            rows = reader.read(row, layer, 0, row.shape(reader.config.sizes)[0])
+            if rows.tobytes() != bits(converted[row.hf.format(layer)]):
+                wrong.append(f"layer files {row.path} {layer}")
     return [f"{shape} tp {tp} pp {pp} dp {dp}: {x}" for x in wrong]
 
 
