@@ -10,6 +10,7 @@ same bytes.
 """
 
 import argparse
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -19,41 +20,58 @@ import tempfile
 import time
 from typing import Any
 
-import numpy as np
 from facts import keep, machine
-
-from bloomjax.config import ModelConfig, base_config, freeze
-from bloomjax.formats import safetensors
-from bloomjax.formats.hf import PREFIX
-from bloomjax.formats.hf_config import side_files
-from bloomjax.formats.tensors import DTYPES, order, parts
 
 ROOT = pathlib.Path(__file__).parents[1]
 REPEATS = 3
 
 
 def folder(
-    path: pathlib.Path, config: ModelConfig, dtype: str, shards: int, random: bool
+    path: pathlib.Path, size: str, fields: dict[str, int], dtype: str, shards: int, random: bool
 ) -> pathlib.Path:
-    """A model in Hugging Face's format, in as many files as the published one; holes, or noise."""
+    """A model in Hugging Face's format, in as many files as the published one; holes, or noise.
+
+    Made in a process of its own: a child inherits the peak of memory of its parent's past.
+    """
+    made = multiprocessing.get_context("spawn").Process(
+        target=_folder, args=(path, size, fields, dtype, shards, random)
+    )
+    made.start()
+    made.join()
+    assert made.exitcode == 0
+    return path
+
+
+def _folder(
+    path: pathlib.Path, size: str, fields: dict[str, int], dtype: str, shards: int, random: bool
+) -> None:
+    import numpy as np
+
+    from bloomjax.config import base_config, freeze
+    from bloomjax.formats import safetensors
+    from bloomjax.formats.hf import PREFIX
+    from bloomjax.formats.hf_config import side_files
+    from bloomjax.formats.tensors import DTYPES, order, parts
+
+    base = base_config(size)
+    base.model.update(fields)
+    config, kind, rng = freeze(base).model, DTYPES[dtype], np.random.default_rng(0)
     path.mkdir(parents=True)
-    kind, rng = DTYPES[dtype], np.random.default_rng(0)
-    by_layer: dict[int, dict[str, Any]] = {}
+    by_file: dict[int, dict[str, Any]] = {}
     rows = {PREFIX + row.hf.format(layer): row for row, layer in order(config)}
     for row, layer in order(config):
         at = row.megatron_file(layer, config.layers) if shards > 1 else 0
-        by_layer.setdefault(at, {})[PREFIX + row.hf.format(layer)] = kind, row.shape(config.sizes)
-    for i, tensors in enumerate(by_layer.values(), 1):
-        name = f"model_{i:05}-of-{len(by_layer):05}.safetensors"
-        stored = safetensors.create(path / (name if shards > 1 else "model.safetensors"), tensors)
-        for name, tensor in stored.items() if random else ():
-            for start, stop in parts(rows[name], config.sizes, 4, 64 << 20):
-                noise = rng.standard_normal((stop - start, *tensor.shape[1:]), np.float32)
-                safetensors.write_rows(tensor, start, (noise * 0.02).astype(kind))
+        by_file.setdefault(at, {})[PREFIX + row.hf.format(layer)] = kind, row.shape(config.sizes)
+    assert len(by_file) == shards
+    for i, tensors in enumerate(by_file.values(), 1):
+        name = f"model_{i:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        for tensor, stored in safetensors.create(path / name, tensors).items():
+            for start, stop in parts(rows[tensor], config.sizes, 4, 64 << 20) if random else ():
+                noise = rng.standard_normal((stop - start, *stored.shape[1:]), np.float32)
+                safetensors.write_rows(stored, start, (noise * 0.02).astype(kind))
     for name, content in side_files(config, kind, {}, 2048, {"format": "hf"}).items():
         (path / name).write_bytes(content)
     os.sync()
-    return path
 
 
 def run(*command: object) -> dict[str, Any]:
@@ -113,15 +131,12 @@ def there_and_back(work: pathlib.Path, source: pathlib.Path) -> dict[str, Any]:
 
 
 def random_176b(work: pathlib.Path) -> dict[str, Any]:
-    base = base_config("176b")
-    base.model.update(layers=2, vocab_size=1024)
-    config = freeze(base).model
-    return there_and_back(work, folder(work / "hf", config, "bfloat16", 4, random=True))
+    fields = {"layers": 2, "vocab_size": 1024}
+    return there_and_back(work, folder(work / "hf", "176b", fields, "bfloat16", 4, random=True))
 
 
 def sparse_176b(work: pathlib.Path) -> dict[str, Any]:
-    config = freeze(base_config("176b")).model
-    source = folder(work / "hf", config, "bfloat16", 72, random=False)
+    source = folder(work / "hf", "176b", {}, "bfloat16", 72, random=False)
     # Zeros are not stored, so the disk need not hold what the plan asks for.
     program = (
         "import runpy, shutil; usage = shutil.disk_usage; "
@@ -150,8 +165,7 @@ def main() -> None:
         elif args.sparse_176b:
             what, result = "conversion-sparse-176b", sparse_176b(work)
         else:
-            config = freeze(base_config("560m")).model
-            source = folder(work / "hf", config, "float16", 1, random=True)
+            source = folder(work / "hf", "560m", {}, "float16", 1, random=True)
             what, result = "conversion-560m", there_and_back(work, source)
     keep(what, {"what": what} | result | {"machine": machine("jax", "tensorstore", "numpy")})
 
