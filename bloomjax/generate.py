@@ -1,6 +1,9 @@
 """Write text with a model.
 
-python -m bloomjax.generate --model=WORKDIR --prompt="def main("
+    python -m bloomjax.generate --model=SOURCE --prompt="def main("
+
+SOURCE is a training workdir or a checkpoint, a folder of Hugging Face or Megatron-DeepSpeed, a GGUF
+file, or a repository of the hub: bigscience/bloom-560m@main.
 """
 
 import json
@@ -16,7 +19,7 @@ from bloomjax.errors import ConfigError
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("model", None, "a training workdir", flag_values=values)
+    flags.DEFINE_string("model", None, "where the model is", flag_values=values)
     flags.DEFINE_string("prompt", None, "text to continue", flag_values=values)
     flags.DEFINE_list("prompt_ids", None, "token ids to continue: 1,2,3", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 128, "tokens to add at most", flag_values=values)
@@ -38,7 +41,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     if not values.model:
-        raise ConfigError("--model is missing: expected a training workdir")
+        raise ConfigError("--model is missing: expected a workdir, a folder, a file or a hub id")
     if (values.prompt is None) == (values.prompt_ids is None):
         raise ConfigError("expected either --prompt or --prompt_ids")
     if values.max_new_tokens < 1:

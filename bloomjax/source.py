@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bloomjax import checkpoint, model
-from bloomjax.config import MeshConfig, ModelConfig, read_model
+from bloomjax.config import MeshConfig, ModelConfig, model_of, read_model
 from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
 from bloomjax.decode.engine import GREEDY, Engine, Fresh
 from bloomjax.decode.sampling import Sampling
@@ -83,7 +83,9 @@ def load(source: str | Path, mesh: Mesh | None = None, dtype: str = "auto") -> M
     config = dataclasses.replace(reader.config, dtype=dtype)
     mesh = mesh or _tensor_mesh(config)
     params = read_params(reader, config, mesh)
-    return Model(config, params, mesh, _tokenizer(reader.tokenizer(), path), str(source))
+    commit = reader.origin.get("commit")
+    origin = f"{source} (commit {commit})" if commit else str(source)
+    return Model(config, params, mesh, _tokenizer(reader.tokenizer(), path), origin)
 
 
 def open_source(source: str | Path) -> Reader:
@@ -112,13 +114,16 @@ def open_source(source: str | Path) -> Reader:
 def is_run(path: Path) -> bool:
     """Whether `path` is a training workdir, its `checkpoints`, or a step among them."""
     folder, step = checkpoint.locate(path)
-    return folder.name == "checkpoints" and (step is not None or folder.is_dir())
+    return step is not None or (folder.name == "checkpoints" and folder.is_dir())
 
 
 def _load_run(path: Path, mesh: Mesh | None, dtype: str) -> Model:
     """Orbax reads our own layout as it is: every process its own shards."""
     folder, step = checkpoint.locate(path)
-    config = dataclasses.replace(read_model(folder.parent), dtype=dtype)
+    _, meta = checkpoint.newest_meta(folder) or (0, {})
+    saved = meta.get("config")  # config.json says the same, if it is there
+    config = model_of(saved["model"], folder) if saved else read_model(folder.parent)
+    config = dataclasses.replace(config, dtype=dtype)
     mesh = mesh or _tensor_mesh(config)
     shapes = model.abstract_params(config, mesh)
 

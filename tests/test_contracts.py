@@ -1,6 +1,7 @@
 """What users and the house rely on: flags, config fields, shipped configs, who imports whom."""
 
 import ast
+import configparser
 import dataclasses
 import functools
 import itertools
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+from bloomjax_convert import __main__ as convert
 
 from bloomjax import cli, generate, train
 from bloomjax.config import Config
@@ -145,6 +147,7 @@ def test_config_fields() -> None:
             "model prompt prompt_ids max_new_tokens temperature top_k top_p seed dtype stream "
             "verbose json",
         ),
+        (convert.define, "src dst to dtype tp pp gguf_type verify dry_run"),
     ],
 )
 def test_flags(define: cli.Define, expected: str) -> None:
@@ -185,6 +188,15 @@ def test_overrides_are_typed() -> None:
     assert config.optim.learning_rate == 1.0 and type(config.optim.learning_rate) is float
     assert config.model.apply_residual_connection_post_layernorm is True
     assert config.data.text_key == "a=b" and config.mesh.fsdp == -1
+
+
+def test_every_folder_of_code_is_installed() -> None:
+    """setup.cfg lists them, since the folder convert/ is installed under another name."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {file.parent.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("*.py")}
+    expected = {".".join(folder.parts) for folder in folders} | {"bloomjax_convert"}
+    assert set(setup["options"]["packages"].split()) == expected
 
 
 def test_no_two_rooms_are_one() -> None:

@@ -137,11 +137,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     InputError for a file that is missing, larger than 200 MiB, or neither of the two.
     """
     file = tokenizer_file(Path(path))
-    with open(file, "rb") as stream:
-        raw = stream.read(_MAX_BYTES + 1)
-    if len(raw) > _MAX_BYTES:
+    if file.stat().st_size > _MAX_BYTES:
         raise InputError(f"{file}: expected a tokenizer, found over {_MAX_BYTES >> 20} MiB")
-    return tokenizer_of(raw, file)
+    return tokenizer_of(file.read_bytes(), file)
 
 
 def tokenizer_of(raw: bytes, file: Path) -> Tokenizer:

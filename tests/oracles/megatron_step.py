@@ -19,7 +19,7 @@ from transformers import BloomConfig, BloomForCausalLM
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from oracles.megatron_tensors import HEADS, LAYERS, STEP, VOCAB_SIZE, WIDTH, tensors
 
-RATE = 1e-2  # large, so that a wrong moment shows
+RATE = 1e-3  # over ten times BLOOM's, so that a wrong moment shows
 BATCH, TOKENS = 4, 16
 
 
@@ -34,7 +34,9 @@ def main() -> None:
             attn_implementation="eager",
         )
     )
-    state = {f"transformer.{name}": torch.from_numpy(a.copy()) for name, a in values["fp32"].items()}
+    state = {
+        f"transformer.{name}": torch.from_numpy(a.copy()) for name, a in values["fp32"].items()
+    }
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert missing in ([], ["lm_head.weight"]) and not unexpected
     model.tie_weights()
@@ -54,7 +56,9 @@ def main() -> None:
     for name, parameter in named.items():
         optimizer.state[parameter] = {
             "step": torch.tensor(float(STEP)),
-            **{key: torch.from_numpy(values[key][name].copy()) for key in ("exp_avg", "exp_avg_sq")},
+            **{
+                key: torch.from_numpy(values[key][name].copy()) for key in ("exp_avg", "exp_avg_sq")
+            },
         }
     rows = np.random.RandomState(5).randint(0, VOCAB_SIZE, (BATCH, TOKENS + 1))
     logits = model(torch.from_numpy(rows[:, :-1])).logits
