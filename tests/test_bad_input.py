@@ -203,8 +203,8 @@ def test_a_broken_config_json(runs: Trial, trained: Path, tmp_path: Path) -> Non
     workdir = Path(shutil.copytree(trained, tmp_path / "copy"))
     (workdir / "config.json").write_text('{"model": ')
     command = ["bloomjax.generate", f"--model={workdir}", "--prompt_ids=5"]
-    refused(runs.run(command)[0], 3, "config.json: expected the configuration of a run")
-    runs.done(workdir, *FEW)  # the checkpoint knows it too, and a start mends the file
+    assert runs.run(command)[0].code == 0  # the checkpoint knows the model too
+    runs.done(workdir, *FEW)  # and a start mends the file
     assert json.loads((workdir / "config.json").read_text())["optim"]["steps"] == 2
 
 
