@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ class GGUFReader:
         self._embed = self._judge_head() if twice else ROWS["embed"].gguf
         length = file.get("bloom.context_length", int, 0)  # often the width, by mistake
         self.context_length = length if length not in (0, width) else CONTEXT_LENGTH
-        self.origin: dict[str, Any] = {"format": self.format, "path": str(path)}
+        self.origin: dict[str, Any] = {"format": self.format, "name": Path(path).name}
         self.origin |= {
             key: value[:1000]
             for key, value in file.values.items()

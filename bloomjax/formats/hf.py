@@ -53,7 +53,7 @@ class HFReader:
         before = member(folder, ORIGIN)
         self.origin = {
             "format": self.format,
-            "path": str(folder),
+            "name": folder.absolute().name,
             "files": {file.name: file.stat().st_size for file in files},
             **(origin or {}),
             **({"source": read_json(before)} if before else {}),

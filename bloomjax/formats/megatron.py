@@ -252,7 +252,7 @@ def _progress(folder: Path, state: Mapping[Any, Any]) -> Progress:
 
 
 def _origin(folder: Path, state: Mapping[Any, Any]) -> dict[str, Any]:
-    origin: dict[str, Any] = {"format": "megatron", "path": str(folder)}
+    origin: dict[str, Any] = {"format": "megatron", "name": folder.absolute().name}
     origin["iteration"] = _whole(state.get("iteration"))
     match state.get("bloomjax"):
         case {"origin": str(source)}:

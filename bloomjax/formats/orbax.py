@@ -63,7 +63,7 @@ class OrbaxReader:
         if len(kinds) == 3:
             step_, samples = (int(self._open(name).read().result()) for name in ("step", "samples"))
             self.progress = Progress(step_, samples)
-        self.origin = {"format": "orbax", "path": str(self._path), "step": manifest["step"]}
+        self.origin = {"format": "orbax", "name": self._run.name, "step": manifest["step"]}
         self.origin |= {"source": meta["origin"]} if "origin" in meta else {}
         length = meta.get("config", {}).get("data", {}).get("sequence_length")
         self.context_length = length or meta.get("context_length") or tensors.CONTEXT_LENGTH

@@ -47,8 +47,8 @@ class Reader(Protocol):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where it came from (JSON): path, revision, ...; under "source", the same of what it was
-        converted from."""
+        """Where it came from (JSON): name, commit, ...; under "source", the same of what it was
+        converted from. No paths: it is published with the weights."""
 
     @property
     def context_length(self) -> int:
