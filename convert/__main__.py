@@ -22,7 +22,7 @@ from bloomjax.formats import hub
 from bloomjax.formats.gguf_file import KINDS as GGUF_KINDS
 from bloomjax.formats.gguf_writer import FILE_TYPES, GGUFWriter
 from bloomjax.formats.hf import HFWriter
-from bloomjax.formats.megatron import MegatronWriter
+from bloomjax.formats.megatron_writer import MegatronWriter
 from bloomjax.formats.names import ROWS
 from bloomjax.formats.orbax import OrbaxWriter
 from bloomjax.formats.tensors import DTYPES, KINDS, PARAMS, Reader, Writer

@@ -18,7 +18,8 @@ from oracles.weights import hf_weights
 from bloomjax.config import ModelConfig
 from bloomjax.errors import ConfigError
 from bloomjax.formats import megatron, torchfile, zero
-from bloomjax.formats.megatron import MegatronReader, MegatronWriter
+from bloomjax.formats.megatron import MegatronReader
+from bloomjax.formats.megatron_writer import MegatronWriter
 from bloomjax.formats.tensors import KINDS, Stored, order
 from bloomjax.formats.torchfile import Planned, TorchWriter, read_torch
 
@@ -48,7 +49,8 @@ def written(folder: Path, config: ModelConfig, tensors: dict, dtype: type, **kwa
 def test_round_trip(
     tmp_path: Path, shape: dict, dtype: type, tp: int, pp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bloomjax.formats.megatron.PART_BYTES", 300)  # parts that straddle ranks
+    # parts that straddle ranks
+    monkeypatch.setattr("bloomjax.formats.megatron_writer.PART_BYTES", 300)
     config = model_config(**shape, layer_norm_epsilon=1e-6)
     tensors = hf_weights(shape["layers"], shape["width"], shape["vocab_size"], 0)
     tensors = {name: a.astype(dtype) for name, a in tensors.items()}

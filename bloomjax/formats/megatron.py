@@ -6,19 +6,16 @@ BLOOM's runs drifted apart, BigScience's converter averages it. The files of the
 of `formats.zero`. The one invariant: tensors are merged as that converter does it, bit for bit.
 """
 
-import functools
-import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bloomjax.config import SIZES, ModelConfig
-from bloomjax.data.files import replacing
-from bloomjax.errors import ConfigError, InputError
+from bloomjax.errors import InputError
 from bloomjax.formats import zero
 from bloomjax.formats.names import TABLE, Row
 from bloomjax.formats.tensors import (
@@ -28,22 +25,19 @@ from bloomjax.formats.tensors import (
     PARAMS,
     Progress,
     Stored,
-    cast,
     check_tensors,
     model_config,
-    parts,
 )
-from bloomjax.formats.torchfile import Planned, TorchWriter, read_torch
+from bloomjax.formats.torchfile import read_torch
 from bloomjax.formats.unpickle import Stub
 from bloomjax.formats.untrusted import opened, parse_json
 
-PART_BYTES = 16 << 20
 LAST_FILE = 4  # layers + 4 is the number of the last layer file
 _LAYER = re.compile(r"layer_(\d{2,5})-model_(\d{2,5})-model_states\.pt")
 _TIED = "tied_modules.embed."
 
 # Their names of what ModelConfig has besides sizes.
-_FIELDS: dict[str, tuple[str, type]] = {
+FIELDS: dict[str, tuple[str, type]] = {
     "layer_norm_epsilon": ("layernorm_epsilon", float),
     "apply_residual_connection_post_layernorm": ("apply_residual_connection_post_layernorm", bool),
     "hidden_dropout": ("hidden_dropout", float),
@@ -226,7 +220,7 @@ def _config(folder: Path, tensors: zero.Names, state: Mapping[Any, Any]) -> Mode
             )
         heads = known[layers, width]
     fields = {}
-    for field, (name, kind) in _FIELDS.items():
+    for field, (name, kind) in FIELDS.items():
         if name in args:
             fields[field] = args[name]
             if type(args[name]) is not kind or not 0 <= args[name] <= 1:
@@ -262,125 +256,3 @@ def _origin(folder: Path, state: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _whole(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value < 1 << 60 else None
-
-
-class MegatronWriter:
-    """A Writer of the layer files at one tensor and pipeline parallel degree, in
-    `folder`/global_stepN with `latest` beside.
-
-    Megatron-DeepSpeed loads it with --no-load-optim --no-load-rng --override-lr-scheduler at the
-    same degrees, or through its own converters. Its arguments are not written (a Namespace is
-    refused by `torch.load(weights_only=True)`), so it does not check them and begins to count
-    samples at 0, as with --finetune; there are neither optimizer nor random states.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        config: ModelConfig,
-        dtype: np.dtype,
-        *,
-        tp: int,
-        pp: int,
-        origin: Mapping[str, Any],
-        step: int,
-        samples: int,
-    ):
-        """`dtype` is of all tensors. ConfigError if the degrees do not divide the model."""
-        n = config.sizes
-        for letter, name in (("N", "heads"), ("V", "the vocabulary")):
-            if tp < 1 or n[letter] % tp:
-                raise ConfigError(f"tp is {tp}: expected a divisor of {name}, {n[letter]}")
-        if not 1 <= pp <= config.layers:
-            raise ConfigError(f"pp is {pp}: expected 1 to {config.layers}, the number of layers")
-        self._folder, self._tag = folder, f"global_step{step}"
-        self._config, self._dtype, self._tp, self._pp = config, dtype, tp, pp
-        self._state = functools.partial(_loadable, config, tp * pp, step, samples)
-        self._origin = origin
-        self._number: int | None = None  # of the layer files that are open
-        self._files: list[TorchWriter] = []
-        (folder / self._tag).mkdir(parents=True)
-
-    def parts(self, row: Row, kind: str = PARAMS) -> Iterable[tuple[int, int]]:
-        return parts(row, self._config.sizes, self._dtype.itemsize, PART_BYTES)
-
-    def write(self, row: Row, layer: int, start: int, rows: np.ndarray, kind: str = PARAMS) -> None:
-        number = row.megatron_file(layer, self._config.layers)
-        if number != self._number:
-            self._close()
-            self._number = number
-            self._files = [self._open(number, rank) for rank in range(self._tp)]
-        rows = self.stored(row, rows)
-        each = row.shape(self._config.sizes)[0] // self._tp
-        for rank, file in enumerate(self._files):
-            if row.split == 1:
-                file.write(np.split(rows, self._tp, axis=1)[rank])
-            elif row.split == 0:
-                first, last = (max(0, i * each - start) for i in (rank, rank + 1))
-                if rows[first:last].size:
-                    file.write(rows[first:last])
-            else:
-                file.write(rows)
-
-    def stored(self, row: Row, rows: np.ndarray) -> np.ndarray:
-        return cast(rows, self._dtype, row.path)
-
-    def finish(self, sha256: str) -> None:
-        self._close()
-        state = self._state({**self._origin, "sha256": sha256})
-        for rank in range(self._tp * self._pp):
-            path = self._folder / self._tag / f"mp_rank_{rank:02d}_model_states.pt"
-            TorchWriter(path, state).finish()
-        with replacing(self._folder / "latest") as file:
-            file.write(self._tag.encode())
-
-    def _open(self, number: int, rank: int) -> TorchWriter:
-        """One tensor-parallel rank's file of a layer."""
-        tree = {}
-        for row in TABLE:
-            if any(
-                row.megatron_file(layer, self._config.layers) == number
-                for layer in row.layers(self._config)
-            ):
-                shape = list(row.shape(self._config.sizes))
-                if row.split is not None:
-                    shape[row.split] //= self._tp
-                tree[row.megatron] = Planned(self._dtype, tuple(shape))
-        name = f"layer_{number:02d}-model_{rank:02d}-model_states.pt"
-        return TorchWriter(self._folder / self._tag / name, tree)
-
-    def _close(self) -> None:
-        for file in self._files:
-            file.finish()
-        self._files = []
-
-
-def _loadable(
-    config: ModelConfig, ranks: int, step: int, samples: int, origin: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What DeepSpeed's engine and Megatron's load_checkpoint ask of mp_rank_RR_model_states.pt."""
-    padded = config.vocab_size
-    args = {name: getattr(config, field) for field, (name, _) in _FIELDS.items()}
-    sizes = {"num_layers": config.layers, "hidden_size": config.width}
-    sizes |= {"num_attention_heads": config.heads, "padded_vocab_size": padded}
-    return {
-        "module": None,  # that is, in the layer files
-        "optimizer": None,
-        "lr_scheduler": {
-            **{"max_lr": 0.0, "min_lr": 0.0, "warmup_steps": 0, "decay_steps": samples},
-            **{"decay_style": "constant", "num_steps": samples},
-        },
-        "skipped_steps": 0,
-        "global_steps": step,
-        "global_samples": samples,
-        "dp_world_size": 1,
-        "mp_world_size": ranks,
-        "checkpoint_version": 3.0,
-        "iteration": step,
-        # 250,880 rows are BLOOM's 250,680 tokens and padding.
-        "checkpoint_info": {
-            "padded_vocab_size": padded,
-            "original_vocab_size": 250_680 if padded == 250_880 else padded,
-        },
-        "bloomjax": {**args, **sizes, "origin": json.dumps(origin)},
-    }

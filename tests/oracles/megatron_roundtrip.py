@@ -26,7 +26,8 @@ from oracles.megatron_folder import convert, megatron_name, save_folder, save_un
 from oracles.megatron_tensors import SAMPLES, STATES, STEP, tensors  # noqa: E402
 from oracles.weights import hf_weights  # noqa: E402
 
-from bloomjax.formats.megatron import MegatronReader, MegatronWriter  # noqa: E402
+from bloomjax.formats.megatron import MegatronReader  # noqa: E402
+from bloomjax.formats.megatron_writer import MegatronWriter  # noqa: E402
 from bloomjax.formats.tensors import KINDS, order  # noqa: E402
 
 NAMES = ("layers", "width", "heads", "vocabulary")

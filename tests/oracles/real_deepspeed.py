@@ -52,7 +52,8 @@ from oracles.megatron_tensors import (  # noqa: E402
 )
 from oracles.weights import hf_weights  # noqa: E402
 
-from bloomjax.formats.megatron import MegatronReader, MegatronWriter  # noqa: E402
+from bloomjax.formats.megatron import MegatronReader  # noqa: E402
+from bloomjax.formats.megatron_writer import MegatronWriter  # noqa: E402
 from bloomjax.formats.tensors import KINDS, order  # noqa: E402
 
 CONFIG = model_config(layers=LAYERS, width=WIDTH, heads=HEADS, vocab_size=VOCAB_SIZE)
