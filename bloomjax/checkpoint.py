@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,6 +48,7 @@ _ALTERED = ("", "is missing", "cannot be read", "has another length", "has other
 
 PyTree = Any  # nested dictionaries with string keys
 Like = PyTree | Callable[[dict[str, Any]], PyTree]
+FOLDER, _STEP = "checkpoints", re.compile("0|[1-9][0-9]*")
 _saves = itertools.count()  # the same on all processes: a barrier's name must be new
 
 
@@ -234,9 +236,10 @@ def restore(folder: Path, like: Like, only: int | None = None) -> Restored | Non
     return _restore(folder.absolute(), like, only)[0]
 
 
-def newest_meta(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """Step and `meta` of the newest step with a sound manifest (its arrays are not looked at)."""
-    for step in reversed(_steps(folder)):
+def newest_meta(folder: Path, only: int | None = None) -> tuple[int, dict[str, Any]] | None:
+    """Step and `meta` of the newest step (or of `only`) with a sound manifest; its arrays are not
+    looked at."""
+    for step in reversed(_steps(folder) if only is None else [only]):
         manifest, fault = _manifest(folder, step)
         if not fault:
             return step, manifest["meta"]
@@ -249,11 +252,6 @@ class Whole(NamedTuple):
     path: Path
     manifest: dict[str, Any]
 
-    @property
-    def run(self) -> Path:
-        """The workdir."""
-        return self.path.parent.parent
-
 
 def newest_whole(path: Path) -> Whole:
     """The newest whole step of a workdir, of its `checkpoints`, or the step at `path`.
@@ -261,7 +259,13 @@ def newest_whole(path: Path) -> Whole:
     Every byte of it is verified. InputError if there is none.
     """
     folder, only = locate(path)
-    manifest, _ = _find(folder, only, lambda manifest: set(manifest["leaves"]))
+
+    def wanted(manifest: dict[str, Any]) -> set[str]:
+        size = sum(size for size, _ in manifest["files"].values())
+        log.info("verifying checkpoint %d: %s", manifest["step"], amount(size))
+        return set(manifest["leaves"])
+
+    manifest, _ = _find(folder, only, wanted)
     if manifest is None:
         raise InputError(f"{path}: expected a checkpoint, found none: train first")
     return Whole(folder / str(manifest["step"]), manifest)
@@ -270,10 +274,19 @@ def newest_whole(path: Path) -> Whole:
 def locate(path: Path) -> tuple[Path, int | None]:
     """The folder of checkpoints that `path` (a workdir, its `checkpoints`, a step) means, and the
     step if it means one."""
-    path = path.absolute()
-    if (path / manifests.NAME).is_file() and path.name.isdigit():
+    path = path.resolve()
+    if (path / manifests.NAME).is_file() and _STEP.fullmatch(path.name):
         return path.parent, int(path.name)
-    return (path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
+    return (path / FOLDER if (path / FOLDER).is_dir() else path), None
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a training workdir, its `checkpoints`, or a step."""
+    folder, step = locate(path)
+    if step is not None:
+        return True
+    names = os.listdir(folder) if folder.name == FOLDER and folder.is_dir() else []
+    return any(name == "lock" or _STEP.fullmatch(name.partition(".")[0]) for name in names)
 
 
 def _restore(
@@ -288,11 +301,15 @@ def _restore(
         _check_leaves(folder / str(manifest["step"]), manifest["leaves"], target)
         return set(_leaves(target))
 
-    manifest, broken = _find(folder, only, wanted)
-    if manifest is None:
-        return None, broken
-    step = manifest["step"]
-    return Restored(step, _read(folder / str(step), target), manifest["meta"]), broken
+    while True:
+        manifest, broken = _find(folder, only, wanted)
+        if manifest is None:
+            return None, broken
+        path = folder / str(manifest["step"])
+        state = _read(path, target)
+        # What a running training removes meanwhile reads as zeros; it is renamed first.
+        if on_first((path / manifests.NAME).is_file):
+            return Restored(manifest["step"], state, manifest["meta"]), broken
 
 
 def _find(
@@ -318,19 +335,15 @@ def _find(
             return manifest, list(broken)
         broken[step] = f"{path.name}/{fault}"
         if jax.process_index() == 0:
-            log.warning(
-                "checkpoint %d is broken (%s/%s): falling back to the step before",
-                step,
-                path,
-                fault,
-            )
+            then = "falling back to the step before" if only is None else "take another step"
+            log.warning("checkpoint %d is broken (%s/%s): %s", step, path, fault, then)
     lost = list(broken.values()) or on_first(
         lambda: sorted(path.name for path in folder.glob("*.corrupt*"))
     )
     if lost:
         raise InputError(
             f"{folder}: expected a whole checkpoint, found only broken ones ({'; '.join(lost)}): "
-            "bring one back from a copy, or choose another workdir to start from zero"
+            "bring one back from a copy, take another step, or start from zero in another workdir"
         )
     return None, []
 
@@ -354,7 +367,7 @@ def _read(path: Path, target: PyTree) -> PyTree:
 def _steps(folder: Path) -> list[int]:
     """By number: clocks and copies change times."""
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def _manifest(folder: Path, step: int) -> tuple[dict[str, Any], str]:
@@ -405,12 +418,16 @@ def _verify(path: Path, manifest: dict[str, Any], leaves: set[str]) -> str:
 
     def fault(name: str) -> int:
         try:
-            size, digest = manifests.entry(path / name)
+            status = (path / name).stat()
+            if not stat.S_ISREG(status.st_mode):
+                return 2
+            if status.st_size != files[name][0]:
+                return 3
+            return 0 if manifests.entry(path / name) == files[name] else 4
         except FileNotFoundError:
             return 1
         except OSError:
             return 2
-        return 0 if [size, digest] == files[name] else 4 if size == files[name][0] else 3
 
     me, count = jax.process_index(), jax.process_count()
     mine = manifests.share({name: size for name, (size, _) in files.items()}, me, count)

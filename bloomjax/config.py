@@ -290,6 +290,7 @@ def _check(config: Config) -> None:
     for name in ("sequence_length", "batch_size"):
         need(getattr(data, name) >= 1, f"data.{name}", "at least 1")
     need(optim.steps >= 1, "optim.steps", "at least 1")
+    need(0 < model.layer_norm_epsilon < 1, "model.layer_norm_epsilon", "a number of 0 to 1")
     need(math.isfinite(optim.learning_rate), "optim.learning_rate", "a finite number")
     need(optim.decay_samples >= optim.warmup_samples, "optim.decay_samples", "warm-up or more")
     if optim.ramp_start:
@@ -314,7 +315,7 @@ def read_config(path: Path) -> dict[str, Any]:
         saved = json.loads(path.read_text())
         if not isinstance(saved, dict):
             raise ValueError(f"not {type(saved).__name__}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: expected the configuration of a run, found {error}: bring it back from a "
             'copy, or from "config" in the manifest.json of a checkpoint'
@@ -327,6 +328,10 @@ ARCHITECTURE = (
     *("layers", "width", "heads", "vocab_size", "layer_norm_epsilon"),
     "apply_residual_connection_post_layernorm",
 )
+
+
+# Nothing is allocated, or looped over, because a file says so: no BLOOM is larger than this.
+LARGEST = {"layers": 1000, "width": 1 << 17, "heads": 1 << 10, "vocab_size": 1 << 24}
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
@@ -350,9 +355,15 @@ def model_of(saved: Mapping[str, Any], source: object) -> ModelConfig:
     """The ModelConfig of the group `model` of a saved configuration. InputError if it is none."""
     base = base_config()
     try:
-        return freeze(base.to_dict() | {"model": base.model.to_dict() | dict(saved)}).model
+        model = freeze(base.to_dict() | {"model": base.model.to_dict() | dict(saved)}).model
     except ConfigError as error:
         raise InputError(f"{source}: {error}") from error
+    for name, most in LARGEST.items():
+        if getattr(model, name) > most:
+            raise InputError(
+                f"{source}: expected model.{name} of at most {most}, found {getattr(model, name)}"
+            )
+    return model
 
 
 def resume_differences(saved: Mapping[str, Any], now: Config) -> list[str]:
@@ -364,9 +375,13 @@ def resume_differences(saved: Mapping[str, Any], now: Config) -> list[str]:
     """
     lines = []
     for group, values in now.to_dict().items():
-        if group in ("mesh", "run"):
+        before = saved.get(group)
+        if group in ("mesh", "run") or before is None:
             continue
-        for key, old in sorted(saved.get(group, {}).items()):
+        # A converted checkpoint says what its model is, and no more of it.
+        keys = set(before) if set(before) == set(ARCHITECTURE) else set(before) | set(values)
+        for key in sorted(keys):
+            old: Any = before.get(key)
             new: Any = values.get(key)
             old = tuple(old) if isinstance(old, list) else old
             longer = f"{group}.{key}" == "optim.steps" and isinstance(old, int) and new > old

@@ -84,12 +84,12 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         version = manifest.get("version")
         # A manifest holds its own digest and has one spelling, so no bit of it can change unseen.
         if version == VERSION and _dump(body).encode() == text:
-            return manifest, ""
+            return manifest, "" if _sound(manifest) else f"{NAME} is none of ours"
     except FileNotFoundError:
         return {}, f"{NAME} is missing"
     except OSError:
         return {}, f"{NAME} cannot be read"
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return {}, f"{NAME} has other bytes"
     newer = {key: value for key, value in manifest.items() if key != "digest"}
     digest = hashlib.sha256(json.dumps(newer, sort_keys=True).encode()).hexdigest()
@@ -99,6 +99,30 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
             "bloomjax that wrote it"
         )
     return {}, f"{NAME} has other bytes"
+
+
+def _sound(manifest: Mapping[str, Any]) -> bool:
+    """Whether it says what `write` is given, and names files of its folder only: anybody can make
+    a manifest with the right digest."""
+
+    def pairs(name: str) -> list[tuple[str, list[Any]]]:
+        found = manifest.get(name)
+        entries = list(found.items()) if type(found) is dict else [("", [])]
+        return [(k, v if type(v) is list and len(v) == 2 else []) for k, v in entries]
+
+    def inside(name: str) -> bool:
+        return bool(name) and not name.startswith("/") and ".." not in name.split("/")
+
+    return (
+        type(manifest.get("step")) is int
+        and type(manifest.get("meta")) is dict
+        and all(inside(n) and v and type(v[0]) is int for n, v in pairs("files"))
+        and all(
+            inside(n) and v and type(v[0]) is str and type(v[1]) is list
+            and all(type(size) is int and size >= 0 for size in v[1])
+            for n, v in pairs("leaves")
+        )
+    )  # fmt: skip
 
 
 def write_text(file: Path, text: str) -> None:

@@ -19,17 +19,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bloomjax import checkpoint, model
-from bloomjax.config import MeshConfig, ModelConfig, model_of, read_model
+from bloomjax.config import MeshConfig, ModelConfig
 from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
 from bloomjax.decode.engine import GREEDY, Engine, Fresh
 from bloomjax.decode.sampling import Sampling
-from bloomjax.errors import InputError
+from bloomjax.errors import ConfigError, InputError
 from bloomjax.formats import hub
 from bloomjax.formats.gguf import GGUFReader
 from bloomjax.formats.hf import HFReader
 from bloomjax.formats.megatron import MegatronReader
 from bloomjax.formats.names import TABLE, Row, nest
-from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader
+from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader, model_of_step, tokenizers
 from bloomjax.formats.tensors import Reader
 from bloomjax.model import Params
 from bloomjax.sharding import check_divides, make_mesh, put
@@ -77,7 +77,7 @@ def load(source: str | Path, mesh: Mesh | None = None, dtype: str = "auto") -> M
     or a broken one.
     """
     path = Path(source)
-    if is_run(path):
+    if checkpoint.is_run(path):
         return _load_run(path, mesh, dtype)
     reader = open_source(source)
     config = dataclasses.replace(reader.config, dtype=dtype)
@@ -97,7 +97,7 @@ def open_source(source: str | Path) -> Reader:
     model there.
     """
     path = Path(source)
-    if is_run(path):
+    if checkpoint.is_run(path):
         return OrbaxReader(path)
     if path.is_file():
         return GGUFReader(path)
@@ -111,18 +111,11 @@ def open_source(source: str | Path) -> Reader:
     )
 
 
-def is_run(path: Path) -> bool:
-    """Whether `path` is a training workdir, its `checkpoints`, or a step among them."""
-    folder, step = checkpoint.locate(path)
-    return step is not None or (folder.name == "checkpoints" and folder.is_dir())
-
-
 def _load_run(path: Path, mesh: Mesh | None, dtype: str) -> Model:
     """Orbax reads our own layout as it is: every process its own shards."""
     folder, step = checkpoint.locate(path)
-    _, meta = checkpoint.newest_meta(folder) or (0, {})
-    saved = meta.get("config")  # config.json says the same, if it is there
-    config = model_of(saved["model"], folder) if saved else read_model(folder.parent)
+    _, meta = checkpoint.newest_meta(folder, step) or (0, {})
+    config = model_of_step(meta, folder)
     config = dataclasses.replace(config, dtype=dtype)
     mesh = mesh or _tensor_mesh(config)
     shapes = model.abstract_params(config, mesh)
@@ -135,10 +128,9 @@ def _load_run(path: Path, mesh: Mesh | None, dtype: str) -> Model:
         raise InputError(f"{folder}: expected a checkpoint, found none: train first")
     with jax.set_mesh(mesh):
         params = _cast(restored.state["params"], model.compute_dtype(config))
-    files = {name: folder.parent / name for name in TOKENIZERS}
-    found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    files = tokenizers(folder)
     origin = f"{folder.parent} at step {restored.step}"
-    return Model(config, params, mesh, _tokenizer(found, folder.parent), origin)
+    return Model(config, params, mesh, _tokenizer(files, folder.parent), origin)
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
@@ -203,7 +195,8 @@ def _on_mesh(
         missing = stop - start - len(found)
         return np.pad(found, ((0, missing), (0, 0))) if missing else found
 
-    dealt = jax.make_array_from_callback((each * mesh.size, shape[1]), by_rows, rows)
+    whole = each * mesh.size, shape[1]
+    dealt = jax.make_array_from_callback(whole, by_rows, rows, dtype=reader.dtype(row))
     with jax.set_mesh(flat):
         value = _to_ours(row, tuple(n.items()), dtype, NamedSharding(auto, spec))(dealt)
     return jax.device_put(value, NamedSharding(mesh, spec))
@@ -224,4 +217,9 @@ def _to_ours(
 def _tensor_mesh(config: ModelConfig) -> Mesh:
     sizes = config.sizes
     split = math.gcd(sizes["N"], sizes["F"], sizes["V"], jax.device_count())
+    if split < jax.device_count() and jax.process_count() > 1:
+        raise ConfigError(
+            f"heads, ffn and vocabulary divide over {split} of {jax.device_count()} devices, so "
+            "some processes would hold nothing: load onto a mesh of your own"
+        )
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=split), jax.devices()[:split])

@@ -158,7 +158,7 @@ def restore(
     if restored is None:
         return init_state(config), None
     if "params" in restored.meta:
-        return start_from(restored.state["params"]), restored.meta["origin"]
+        return start_from(restored.state["params"]), restored.meta.get("origin")
     return TrainState.from_tree(restored.state), restored.meta.get("origin")
 
 
@@ -184,7 +184,7 @@ def prepare_run(config: Config, workdir: Path) -> Prepared:
         prepared = whole(data, meta) if meta else None
         prepared = prepared or prepare(config.data, config.model.vocab_size, data)
         for what, found in identity(prepared).items():
-            if meta and meta.get(what, found) != found:
+            if meta and found and meta.get(what, found) != found:
                 raise InputError(
                     f"{workdir}: expected the {what} of step {step} ({meta[what]:.12}), found "
                     f"{found:.12}: bring it back, or choose another workdir"

@@ -9,10 +9,12 @@ training state that `bloomjax.train --workdir=DST` continues; with a --dtype, pa
 """
 
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -23,7 +25,7 @@ from bloomjax.formats.gguf_file import KINDS as GGUF_KINDS
 from bloomjax.formats.gguf_writer import FILE_TYPES, GGUFWriter
 from bloomjax.formats.hf import HFWriter
 from bloomjax.formats.megatron_writer import MegatronWriter
-from bloomjax.formats.names import ROWS
+from bloomjax.formats.names import ROWS, TABLE
 from bloomjax.formats.orbax import OrbaxWriter
 from bloomjax.formats.tensors import DTYPES, KINDS, PARAMS, Reader, Writer
 from bloomjax.metrics import amount, duration
@@ -41,7 +43,11 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("dst", None, "what it becomes, by place", flag_values=values)
     flags.DEFINE_enum("to", None, FORMATS, "the format of DST", flag_values=values)
     flags.DEFINE_enum(
-        "dtype", "auto", ["auto", *DTYPES], "of DST; auto: as in SRC", flag_values=values
+        "dtype",
+        "auto",
+        ["auto", *DTYPES],
+        "of DST; auto: as in SRC, float32 if SRC has several",
+        flag_values=values,
     )
     flags.DEFINE_integer("tp", 1, "tensor parallel ranks (megatron)", flag_values=values)
     flags.DEFINE_integer("pp", 1, "pipeline stages (megatron)", flag_values=values)
@@ -60,8 +66,12 @@ def main(values: flags.FlagValues) -> None:
             raise ConfigError(f"--{name} is of --to={owner}, found --to={values.to}: leave it out")
     if values.to == "gguf" and values.dtype != "auto":
         raise ConfigError("--dtype and --to=gguf: expected --gguf_type instead")
-    path = Path(values.dst).absolute()
+    if jax.process_count() > 1:
+        raise ConfigError("a conversion runs in one process: start it without JAX_NUM_PROCESSES")
+    path = Path(os.path.abspath(values.dst))
     job.check_absent(path)
+    if path.is_relative_to(Path(values.src).absolute()):
+        raise ConfigError(f"{path}: expected a place outside of {values.src}, found one in it")
     if values.dry_run and hub.is_id(values.src) and not Path(values.src).exists():
         print(f"{hub.find(values.src)}; once it is there, its headers tell more")
         return
@@ -96,7 +106,9 @@ class Target(NamedTuple):
     def of(cls, values: flags.FlagValues, reader: Reader) -> "Target":
         asked = DTYPES.get(values.dtype)
         state = reader.progress is not None and values.to == "orbax" and asked is None
-        dtype = DTYPES["float32"] if state else asked or reader.dtype(ROWS["embed"])
+        stored = {reader.dtype(row) for row in TABLE}  # vectors of a GGUF file are float32
+        auto = stored.pop() if len(stored) == 1 else DTYPES["float32"]
+        dtype = DTYPES["float32"] if state else asked or auto
         kinds = KINDS if state else (PARAMS,)
         return cls(values.to, kinds, dtype, values.tp, values.pp, values.gguf_type)
 
@@ -128,7 +140,7 @@ class Target(NamedTuple):
         if self.format == "hf":
             return HFWriter(path, config, self.dtype, **about)
         if self.format == "megatron":
-            step, samples = reader.progress or (0, 0)
+            step, samples, _ = reader.progress or (0, 0, 0)
             degrees = {"tp": self.tp, "pp": self.pp, "step": step, "samples": samples}
             return MegatronWriter(path, config, self.dtype, **degrees, origin=origin)
         return GGUFWriter(path, config, self.gguf_type, name=path.stem, **about)

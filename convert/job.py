@@ -1,13 +1,15 @@
 """A conversion: slices from a reader to a writer, in the memory of a few slices.
 
-The one invariant: the destination appears under its name whole, synced, and verified if asked for,
+The one invariant: the destination appears under its name whole, verified if asked for, and synced,
 or not at all. Until then everything lies in a hidden folder beside it, which a conversion that is
 broken off leaves behind and the next one removes.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import resource
 import shutil
@@ -30,6 +32,7 @@ from bloomjax.formats.tensors import PARAMS, Reader, Writer, order, parts
 from bloomjax.metrics import amount
 
 _TRIAL_BYTES = 64 << 20
+log = logging.getLogger("bloomjax")
 
 
 class Part(NamedTuple):
@@ -113,7 +116,7 @@ def verify(reader: Reader, writer: Writer, written: Reader, kinds: tuple[str, ..
         if found.dtype != expected.dtype or found.tobytes() != expected.tobytes():
             raise InputError(
                 f"{part.name}: expected rows {part.start} to {part.stop} as they were converted, "
-                "found others: the disk or the memory is not to be trusted; nothing was kept"
+                "found others; nothing was kept: run it again, and suspect disk or memory"
             )
         digest.update(found.view(np.uint8).data)
         done += rows.nbytes
@@ -123,8 +126,10 @@ def verify(reader: Reader, writer: Writer, written: Reader, kinds: tuple[str, ..
 
 
 def _print_hash(digest: Any, name: str) -> None:
+    """A reader of standard output that has seen enough is no reason to stop."""
     if name:
-        print(f"{digest.hexdigest()}  {name}", flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(f"{digest.hexdigest()}  {name}", flush=True)
 
 
 def peak() -> str:
@@ -139,39 +144,45 @@ def appearing(path: Path, needed: int) -> Iterator[Path]:
     ConfigError if `path` is there already or another conversion is at it, DoesNotFitError if the
     disk has less than `needed` bytes, InputError if it cannot be written.
     """
-    path = path.absolute()
     check_absent(path)
     folder = path.with_name(f".{path.name}.converting")
-    try:
+    with _writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dropped with the process
         except BlockingIOError:
             raise ConfigError(f"{path}: another conversion is writing it: wait for it") from None
-        _clear(folder)
-        if (free := shutil.disk_usage(folder).free) < needed:
-            folder.rmdir()
-            raise DoesNotFitError(
-                f"{path}: expected {amount(needed)} of free disk, found {amount(free)}: make "
-                "room, choose a smaller --dtype or another disk"
-            )
-        new = folder / path.name
+        except OSError:
+            log.warning("%s: no file locks here, so a second conversion would go unseen", folder)
         try:
-            yield new
-            _sync(new)
-            new.rename(path)
-            manifests.sync(path.parent)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
+            with _writing(path):
+                _clear(folder)
+                if (free := shutil.disk_usage(folder).free) < needed:
+                    raise DoesNotFitError(
+                        f"{path}: expected {amount(needed)} of free disk, found {amount(free)}: "
+                        "make room, choose a smaller --dtype or another disk"
+                    )
+                new = folder / path.name
+                yield new
+                sync(new)
+                check_absent(path)  # a rename would replace a file that has come meanwhile
+                new.rename(path)
+                manifests.sync(path.parent)
         finally:
-            _clear(folder)
-            folder.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the system while `path` is written are the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def check_absent(path: Path) -> None:
@@ -182,10 +193,10 @@ def check_absent(path: Path) -> None:
 
 def _clear(folder: Path) -> None:
     for left in folder.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Every file and folder from `path` down is on disk."""
     for root, _, names in os.walk(path):
         for name in names:
@@ -194,7 +205,8 @@ def _sync(path: Path) -> None:
     manifests.sync(path)
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What to tell of a destination that the system refuses."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DoesNotFitError(f"{path}: the disk is full: make room and run it again")
     return InputError(
@@ -205,7 +217,7 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 def rate(reader: Reader, folder: Path) -> float:
     """Bytes per second of a trial: the first tensors' rows, read, and written beside `folder`."""
     start, done = time.monotonic(), 0
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with _writing(folder), tempfile.TemporaryFile(dir=folder) as file:
         for row, layer in order(reader.config):
             for first, last in parts(row, reader.config.sizes, 4, _TRIAL_BYTES // 4):
                 rows = reader.read(row, layer, first, last)

@@ -16,6 +16,7 @@ from bloomjax_convert import __main__ as entry
 from bloomjax_convert import job
 from foreign import Memory, copy, same
 from helpers import forward, from_hf, model_config
+from safetensors.numpy import load_file, save_file
 from trial import ROOT, Ended
 
 import bloomjax
@@ -170,6 +171,20 @@ def test_a_training_state_travels(tmp_path: Path, capfd: Any) -> None:
     assert origin["source"]["step"] == 7 and origin["source"]["source"]["format"] == "orbax"
 
 
+def test_several_dtypes_become_the_widest(tmp_path: Path, capfd: Any) -> None:
+    """Of an embedding in float16 and blocks in float32 nothing is rounded."""
+    source = Memory(model_config(**SHAPES["cut"]))
+    weights = source.tensors["params"]
+    weights["word_embeddings.weight"] = weights["word_embeddings.weight"].astype(np.float16)
+    copy(
+        source, HFWriter(tmp_path / "a", source.config, DTYPES["float32"], tokenizer={}, origin={})
+    )
+    save_file(weights, tmp_path / "a" / "model.safetensors")
+    done(capfd, tmp_path / "a", tmp_path / "b", "--to=hf")
+    for name, found in load_file(tmp_path / "b" / "model.safetensors").items():
+        np.testing.assert_array_equal(found, weights[name.removeprefix("transformer.")])
+
+
 def test_a_dry_run_tells_and_leaves_nothing(
     tmp_path: Path, capfd: Any, tokenizer: dict[str, bytes]
 ) -> None:
@@ -208,6 +223,7 @@ def test_verify_finds_a_wrong_bit(
         (["a", "b", "--to=gguf", "--dtype=float16"], 2, ["--gguf_type"]),
         (["a", "b", "--to=megatron", "--tp=3"], 2, ["tp is 3", "heads, 4"]),
         (["a", "a", "--to=hf"], 2, ["expected nothing there"]),
+        (["a", "a/b", "--to=hf"], 2, ["outside of a"]),
         (["a", "file/b", "--to=hf"], 3, ["file/b", "can be written"]),
         (["no", "b", "--to=hf"], 3, ["no: expected", "nothing there"]),
         (["empty", "b", "--to=hf"], 3, ["empty: expected"]),

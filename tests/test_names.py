@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import model_config, one_device
+from oracles.weights import shapes
 
 from bloomjax.formats.names import TABLE, Row
 from bloomjax.formats.tensors import order, parts
@@ -63,3 +64,21 @@ def test_megatron_cuts_vocabulary_heads_and_ffn() -> None:
         else:
             second = row.megatron in ("self_attention.dense.weight", "mlp.dense_4h_to_h.weight")
             assert row.split == int(second)
+
+
+def test_names_are_those_of_the_gguf_package() -> None:
+    """gguf.constants says which tensors llama.cpp asks of a BLOOM, and how it calls them."""
+    from gguf.constants import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
+
+    known = {TENSOR_NAMES[t].replace("{bid}", "{}") for t in MODEL_TENSORS[MODEL_ARCH.BLOOM]}
+    known.remove(
+        TENSOR_NAMES[MODEL_TENSOR.OUTPUT]
+    )  # a copy of the embedding, which may be left out
+    assert {row.gguf.rpartition(".")[0] for row in TABLE} == known
+    assert all(row.gguf.rpartition(".")[2] == row.hf.rpartition(".")[2] for row in TABLE)
+
+
+def test_names_are_hugging_faces() -> None:
+    """Those that transformers loads in tests/oracles/hf_bloom.py."""
+    names = {name for name, _ in shapes(CONFIG.layers, CONFIG.width, CONFIG.vocab_size)}
+    assert names == {row.hf.format(layer) for row, layer in order(CONFIG)}

@@ -1,6 +1,8 @@
 """Checkpoints written slice by slice: Orbax restores them, on any mesh, and they read back."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ import orbax.checkpoint as ocp
 import pytest
 from foreign import Memory, copy, same
 from helpers import from_hf, model_config
+from hostile import refused
 
-from bloomjax import checkpoint
+import bloomjax
+from bloomjax import checkpoint, manifests
 from bloomjax.config import MeshConfig, read_model
 from bloomjax.errors import InputError
 from bloomjax.formats import orbax
+from bloomjax.formats.names import ROWS
 from bloomjax.formats.orbax import OrbaxReader, OrbaxWriter
 from bloomjax.formats.tensors import DTYPES, Progress
 from bloomjax.model import abstract_params, with_dtype
@@ -24,7 +29,7 @@ SHAPES = [
     {"layers": 3, "width": 40, "heads": 8, "vocab_size": 48},
     {"layers": 1, "width": 21, "heads": 3, "vocab_size": 17},
 ]
-DONE = Progress(step=7, samples=99)
+DONE = Progress(step=7, samples=99, skipped=2)
 
 
 def written(folder: Path, source: Memory) -> Path:
@@ -100,3 +105,91 @@ def test_the_run_knows_its_model(tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps({"model": {"heads": 0}}))
     with pytest.raises(InputError, match=r"config.json: config.model.heads is 0"):
         read_model(run)
+
+
+def test_a_step_that_goes_away_is_not_read_as_zeros(tmp_path: Path) -> None:
+    """tensorstore fills in for files that are missing."""
+    run = written(tmp_path / "run", Memory(model_config(**SHAPES[0])))
+    reader = OrbaxReader(run)
+    row = ROWS["blocks.up_w"]
+    reader.read(row, 0, 0, 8)
+    (run / "checkpoints" / "0").rename(run / "checkpoints" / "0.deleting")
+    with pytest.raises(InputError, match="removed while it was read"):
+        reader.read(row, 1, 0, 8)
+
+
+def test_a_step_alone_has_no_tokenizer(tmp_path: Path) -> None:
+    files = {"tokenizer.json": b"{}"}
+    run = written(tmp_path / "run", Memory(model_config(**SHAPES[0]), files=files))
+    (run / "checkpoints" / "0").rename(run / "0")
+    (tmp_path / "tokenizer.json").write_text("somebody else's")
+    assert OrbaxReader(run / "0").tokenizer() == {}
+
+
+HOSTILE: dict[str, Any] = {
+    "a way out": lambda m: m["files"].update({"../../../../../../dev/zero": [9, "0" * 64]}),
+    "an absolute way out": lambda m: m["files"].update({"/dev/zero": [9, "0" * 64]}),
+    "no files": lambda m: m.pop("files"),
+    "no leaves": lambda m: m.pop("leaves"),
+    "no step": lambda m: m.pop("step"),
+    "meta": lambda m: m.update(meta=[1]),
+    "a leaf that is none": lambda m: m["leaves"].update(embed=5),
+    "a size that is none": lambda m: m["leaves"].update({"params.embed": ["float32", [-1, 40]]}),
+    "a dtype that is none": lambda m: m["leaves"].update({"params.embed": [[1], [48, 40]]}),
+    "another shape": lambda m: m["leaves"].update({"params.embed": ["float32", [40, 48]]}),
+    "another dtype": lambda m: m["leaves"].update({"params.embed": ["int16", [48, 40]]}),
+    "a million layers": lambda m: m["meta"]["config"]["model"].update(layers=10**6),
+    "a huge vocabulary": lambda m: m["meta"]["config"]["model"].update(vocab_size=10**12),
+    "an epsilon below 0": lambda m: m["meta"]["config"]["model"].update(layer_norm_epsilon=-5.0),
+    "a model that is none": lambda m: m["meta"]["config"].update(model={"layers": "many"}),
+    "moments without a step": lambda m: m["leaves"].update(
+        {
+            k.replace("params", f"moments.{x}"): v
+            for k, v in m["leaves"].items()
+            for x in ("mu", "nu")
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_manifests(tmp_path: Path, name: str) -> None:
+    """Anybody can write a manifest with the right digest."""
+    run = written(tmp_path / "run", Memory(model_config(**SHAPES[0])))
+    path = run / "checkpoints" / "0"
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["digest"], manifest["version"]
+    HOSTILE[name](manifest)
+    manifests.write(path, manifest)
+    refused(lambda: OrbaxReader(run))
+    if name != "moments without a step":
+        refused(lambda: bloomjax.load(run))
+
+
+def test_hostile_arrays(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", Memory(model_config(**SHAPES[0])))
+    path = run / "checkpoints" / "0"
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["digest"], manifest["version"]
+    array = path / "params.ln_w" / "zarr.json"
+    good = array.read_text()
+    for bad in ("{", "[" * 100_000, good.replace("[40]", "[3]"), good.replace("float32", "int16")):
+        array.write_text(bad)
+        manifest["files"]["params.ln_w/zarr.json"] = manifests.entry(array)
+        manifests.write(path, manifest)
+        refused(lambda: OrbaxReader(run), "params.ln_w")
+    array.unlink()
+    os.mkfifo(array)
+    refused(lambda: OrbaxReader(run), "params.ln_w/zarr.json cannot be read")
+
+
+def test_a_full_disk_is_told_as_one() -> None:
+    """What tensorstore raises then, as seen on a full tmpfs."""
+
+    class Future:
+        def result(self) -> None:
+            raise ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device')
+
+    with pytest.raises(OSError) as caught:
+        orbax._done(Future())
+    assert caught.value.errno == errno.ENOSPC

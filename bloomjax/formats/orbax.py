@@ -3,9 +3,12 @@
 `FOLDER/config.json`, `FOLDER/tokenizer.json` and `FOLDER/checkpoints/STEP/`, as a training run has
 them, so that training goes on from a conversion. A tensor is a zarr3 array, a slice of it a file,
 cut inside into blocks of a megabyte, so that a mesh of any layout reads little more than its own.
-The one invariant: every file is hashed and synced before the manifest names it.
+(Training's own files are not cut inside: whoever reads a part of one reads it all.) The one
+invariant: every file is hashed and synced before the manifest names it.
 """
 
+import errno
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,14 +20,56 @@ import tensorstore as ts
 
 from bloomjax import checkpoint, manifests
 from bloomjax.config import ModelConfig, architecture, model_of, read_model
+from bloomjax.errors import InputError
 from bloomjax.formats import tensors
 from bloomjax.formats.names import TABLE, Row
 from bloomjax.formats.tensors import PARAMS, Progress
+from bloomjax.formats.untrusted import member, read_bytes
 
-TOKENIZERS = {"tokenizer.json", "tokenizer.model"}
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first that is there counts
+_MAX_TOKENIZER = 200 << 20  # bytes; BLOOM's has 14.5 MB
 SLICE_BYTES, BLOCK_BYTES = 64 << 20, 1 << 20
 # Files are synced when they are hashed: tensorstore would wait for the disk at each.
 _CONTEXT = {"file_io_sync": False}
+
+
+def _done(future: Any) -> Any:
+    """What tensorstore made, its errors as those of the system."""
+    try:
+        return future.result()
+    except ValueError as error:
+        full = "No space left" in str(error) or "quota" in str(error).lower()
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error).splitlines()[0]) from error
+
+
+def _found(future: Any, path: Path) -> Any:
+    """What tensorstore opened or read."""
+    try:
+        return future.result()
+    except ValueError as error:
+        what = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: expected an array, found: {what}") from error
+
+
+def _group(meta: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A group of the configuration that a step was saved with; {} if it says nothing of it."""
+    saved = meta.get("config")
+    found = saved.get(name) if type(saved) is dict else None
+    return found if type(found) is dict else {}
+
+
+def model_of_step(meta: Mapping[str, Any], folder: Path) -> ModelConfig:
+    """The model of a step of `folder` with this `meta`, or what the run's config.json says."""
+    found = _group(meta, "model")
+    return model_of(found, folder) if found else read_model(folder.parent)
+
+
+def tokenizers(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer beside the checkpoints in `folder`, if these are a run's."""
+    paths = {name: member(folder.parent, name) for name in TOKENIZERS}
+    if folder.name != checkpoint.FOLDER:
+        return {}
+    return {name: read_bytes(path, _MAX_TOKENIZER) for name, path in paths.items() if path}
 
 
 def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
@@ -41,41 +86,48 @@ class OrbaxReader:
     format = "orbax"
 
     def __init__(self, path: Path):
-        step = checkpoint.newest_whole(path)
-        self._path, manifest, self._run = step.path, step.manifest, step.run
-        meta = manifest["meta"]
-        saved = meta.get("config", {}).get("model")
-        self.config = model_of(saved, step.path) if saved else read_model(self._run)
-        leaves: dict[str, list[Any]] = manifest["leaves"]
-        self._dtypes = {name: tensors.DTYPES.get(leaf[0]) for name, leaf in leaves.items()}
-        shapes = {row.path: leaf_shape(row, self.config) for row in TABLE}
-        kinds = [kind for kind in tensors.KINDS if f"{kind}.embed" in leaves]
+        self._path, manifest = checkpoint.newest_whole(path)
+        self._inode = self._manifest()
+        meta, leaves = manifest["meta"], manifest["leaves"]
+        self.config = model_of_step(meta, self._path.parent)
+        kinds = [kind for kind in tensors.KINDS if f"{kind}.embed" in leaves] or [PARAMS]
         tensors.check_tensors(
             self._path,
             {n: tuple(leaf[1]) for n, leaf in leaves.items() if n.startswith(tuple(kinds))},
-            {
-                f"{kind}.{path}": shape
-                for kind in kinds or [PARAMS]
-                for path, shape in shapes.items()
-            },
+            {f"{k}.{row.path}": leaf_shape(row, self.config) for k in kinds for row in TABLE},
         )
+        names = [f"{kind}.{row.path}" for kind in kinds for row in TABLE]
+        self._arrays = {name: self._open(name, *leaves[name]) for name in names}
         self.progress = None
         if len(kinds) == 3:
-            step_, samples = (int(self._open(name).read().result()) for name in ("step", "samples"))
-            self.progress = Progress(step_, samples)
-        self.origin = {"format": "orbax", "name": self._run.name, "step": manifest["step"]}
-        self.origin |= {"source": meta["origin"]} if "origin" in meta else {}
-        length = meta.get("config", {}).get("data", {}).get("sequence_length")
-        self.context_length = length or meta.get("context_length") or tensors.CONTEXT_LENGTH
-        self._arrays = {
-            f"{kind}.{row.path}": self._open(f"{kind}.{row.path}")
-            for kind in kinds
-            for row in TABLE
+            scalars = [self._open(name, "int32", []) for name in Progress._fields]
+            self.progress = Progress(*(int(_found(x.read(), self._path)) for x in scalars))
+        self.origin = {
+            "format": self.format,
+            "name": self._path.parent.parent.name,
+            "step": manifest["step"],
         }
+        self.origin |= {"source": meta["origin"]} if type(meta.get("origin")) is dict else {}
+        length = _group(meta, "data").get("sequence_length") or meta.get("context_length")
+        known = type(length) is int and 0 < length < 1 << 24
+        self.context_length = length if known else tensors.CONTEXT_LENGTH
 
-    def _open(self, name: str) -> Any:
-        store = {"driver": "file", "path": str(self._path / name)}
-        return ts.open({"driver": "zarr3", "kvstore": store}, open=True, read=True).result()
+    def _manifest(self) -> int:
+        """The identity of its file; 0 if it has gone."""
+        try:
+            return (self._path / manifests.NAME).stat().st_ino
+        except OSError:
+            return 0
+
+    def _open(self, name: str, dtype: str, shape: list[int]) -> Any:
+        path = self._path / name
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+        array = _found(ts.open(spec, open=True, read=True), path)
+        if [array.dtype.name, list(array.shape)] != [dtype, shape]:
+            raise InputError(
+                f"{path}: expected {dtype}{shape}, found {array.dtype.name}{list(array.shape)}"
+            )
+        return array
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
         return self._arrays[f"{kind}.{row.path}"].dtype.numpy_dtype
@@ -88,12 +140,16 @@ class OrbaxReader:
         first = start // unit
         cut: list[Any] = [slice(None)] * len(row.ours)
         cut[row.ours.index(row.theirs[0])] = slice(first, -(-stop // unit))
-        rows = row.to_theirs(array[tuple(cut)].read().result(), n)
+        rows = row.to_theirs(_found(array[tuple(cut)].read(), self._path), n)
+        if not self._inode == self._manifest() != 0:  # what is gone reads as zeros
+            raise InputError(
+                f"{self._path}: expected it to stay, found it removed while it was read, as a "
+                "running training does: take a newer step"
+            )
         return contiguous(rows[start - first * unit : stop - first * unit])
 
     def tokenizer(self) -> dict[str, bytes]:
-        files = (self._run / name for name in TOKENIZERS)
-        return {file.name: file.read_bytes() for file in files if file.is_file()}
+        return tokenizers(self._path.parent)
 
 
 class OrbaxWriter:
@@ -123,8 +179,9 @@ class OrbaxWriter:
         self._path.mkdir(parents=True)
         self._saved = {"model": architecture(config)}
         manifests.write_text(folder / "config.json", json.dumps(self._saved, indent=2) + "\n")
-        for name in TOKENIZERS & tokenizer.keys():
-            (folder / name).write_bytes(tokenizer[name])
+        self._tokenizer = {name: raw for name, raw in tokenizer.items() if name in TOKENIZERS}
+        for name, raw in self._tokenizer.items():
+            (folder / name).write_bytes(raw)
         self._arrays = {
             f"{kind}.{row.path}": self._create(f"{kind}.{row.path}", row)
             for kind in self._kinds
@@ -170,7 +227,7 @@ class OrbaxWriter:
                 "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             },
         }
-        return ts.open(spec, create=True, open=True, context=ts.Context(_CONTEXT)).result()
+        return _done(ts.open(spec, create=True, open=True, context=ts.Context(_CONTEXT)))
 
     def parts(self, row: Row, kind: str = PARAMS) -> Iterable[tuple[int, int]]:
         return tensors.parts(row, self._config.sizes, self._dtype.itemsize, SLICE_BYTES)
@@ -191,7 +248,7 @@ class OrbaxWriter:
         place[axis] = slice(first, first + ours.shape[axis])
         at = (layer, *place) if row.stacked else tuple(place)
         array = self._arrays[name]
-        array[at].write(ours, can_reference_source_data_indefinitely=True).result()
+        _done(array[at].write(ours, can_reference_source_data_indefinitely=True))
         size = array.chunk_layout.write_chunk.shape[-len(row.ours) :][axis]
         places = [0] * len(row.ours)
         places[axis] = first // size
@@ -212,14 +269,13 @@ class OrbaxWriter:
 
     def finish(self, sha256: str) -> None:
         for name, vector in self._vectors.items():
-            self._arrays[name].write(vector).result()
+            _done(self._arrays[name].write(vector))
         scalars = {}
         if self._progress:
-            step, samples = self._progress
-            scalars = {"step": step, "samples": samples, "skipped": 0, "streak": 0}
-            scalars["moments.count"] = step
+            scalars = {**self._progress._asdict(), "streak": 0}
+            scalars["moments.count"] = self._progress.step - self._progress.skipped
         for name, value in scalars.items():
-            self._new(name, np.dtype(np.int32), (), []).write(np.int32(value)).result()
+            _done(self._new(name, np.dtype(np.int32), (), []).write(np.int32(value)))
         leaves = {
             f"{kind}.{row.path}": [str(self._dtype), list(leaf_shape(row, self._config))]
             for kind in self._kinds
@@ -230,11 +286,14 @@ class OrbaxWriter:
         self._hashing.shutdown()
         left = manifests.sizes(self._path).keys() - files.keys()
         files |= manifests.entries(self._path, left)
-        meta = {
+        meta: dict[str, Any] = {
             "config": self._saved,
             "context_length": self._context_length,
             "origin": {**self._origin, "sha256": sha256},
         }
+        if self._tokenizer:  # training with another is refused
+            raw = next(self._tokenizer[name] for name in TOKENIZERS if name in self._tokenizer)
+            meta["tokenizer"] = hashlib.sha256(raw).hexdigest()
         if not self._progress:
             meta["params"] = str(self._dtype)
         else:

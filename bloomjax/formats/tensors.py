@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from bloomjax.config import ModelConfig, base_config, freeze
+from bloomjax.config import LARGEST, ModelConfig, base_config, freeze
 from bloomjax.errors import InputError
 from bloomjax.formats.names import TABLE, Row, Sizes
 
@@ -33,6 +33,7 @@ class Progress(NamedTuple):
 
     step: int
     samples: int  # sequences consumed
+    skipped: int = 0  # of the steps, those that changed nothing
 
 
 class Reader(Protocol):
@@ -171,10 +172,10 @@ def model_config(
     looped over, because a file says so.
     """
     for name, value, most in (
-        ("layers", layers, 1000),
-        ("width", width, 1 << 17),
-        ("heads", heads, 1 << 10),
-        ("vocabulary", vocab_size, 1 << 24),
+        ("layers", layers, LARGEST["layers"]),
+        ("width", width, LARGEST["width"]),
+        ("heads", heads, LARGEST["heads"]),
+        ("vocabulary", vocab_size, LARGEST["vocab_size"]),
     ):
         if type(value) is not int or not 1 <= value <= most:
             raise InputError(
