@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def run(*command: object) -> dict[str, Any]:
         "seconds": time.monotonic() - start,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_gib": usage.ru_maxrss / 2**20,
-        "said": said[-3:],
+        "said": [re.sub(r"/\S+/", "", line) for line in said[-3:]],  # without paths
     }
 
 
