@@ -20,7 +20,7 @@ from bloomjax.errors import ConfigError
 from bloomjax.formats import megatron, torchfile, zero
 from bloomjax.formats.megatron import MegatronReader
 from bloomjax.formats.megatron_writer import MegatronWriter
-from bloomjax.formats.tensors import KINDS, Stored, order
+from bloomjax.formats.tensors import KINDS, Progress, Stored, order
 from bloomjax.formats.torchfile import Planned, TorchWriter, read_torch
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -88,7 +88,7 @@ def test_moments_are_those_of_the_whole_model(folder: Path, name: str) -> None:
         layers=2, width=12, heads=4, vocab_size=20, dtype="auto", init_std=0.0048,
         hidden_dropout=0.1, attention_dropout=0.1,
     )  # fmt: skip
-    assert reader.progress == (made.STEP, made.SAMPLES)
+    assert reader.progress == Progress(made.STEP, made.SAMPLES)
     expected = made.tensors(made.LAYERS, made.WIDTH, made.VOCAB_SIZE)
     for kind, state in zip(KINDS, made.STATES, strict=True):
         for row, layer in order(reader.config):

@@ -28,7 +28,7 @@ from oracles.weights import hf_weights  # noqa: E402
 
 from bloomjax.formats.megatron import MegatronReader  # noqa: E402
 from bloomjax.formats.megatron_writer import MegatronWriter  # noqa: E402
-from bloomjax.formats.tensors import KINDS, order  # noqa: E402
+from bloomjax.formats.tensors import KINDS, Progress, order  # noqa: E402
 
 NAMES = ("layers", "width", "heads", "vocabulary")
 SHAPES = ((3, 20, 4, 24), (2, 36, 12, 40), (4, 64, 8, 100))
@@ -109,7 +109,7 @@ def read(shape: tuple[int, ...], tp: int, pp: int, dp: int) -> list[str]:
         save_universal(folder / f"global_step{STEP}", tp, pp, dp)
         for name in (f"global_step{STEP}", f"global_step{STEP}_universal"):
             reader = MegatronReader(folder / name)
-            if reader.progress != (STEP, SAMPLES):
+            if reader.progress != Progress(STEP, SAMPLES):
                 wrong.append("progress")
             for row, layer in order(reader.config):
                 for kind, state in zip(KINDS, STATES, strict=True):
