@@ -33,6 +33,7 @@ ROOMS = [
     {"model"},
     {"attention"},
     {"kernels"},
+    {"parallel"},
     {"sharding"},
     {"metrics", "processes", "manifests"},
     {"config"},
