@@ -34,6 +34,7 @@ from bloomjax.step import (
     TrainState,
     abstract_state,
     batch_shape,
+    eval_shape,
     eval_step,
     init_state,
     start_from,
@@ -101,7 +102,7 @@ def continue_run(
         steps=steps,
         workers=run.workers,
     )
-    evaluation = Evaluation(config, prepared, mesh, B)
+    evaluation = Evaluation(config, prepared, mesh)
 
     # ---- the loop ---------------------------------------------------------------------------
     reporter = Reporter(config, metrics, first)
@@ -224,15 +225,19 @@ def whole(folder: Path, meta: dict[str, Any]) -> Prepared | None:
 class Evaluation:
     """Loss over all held-out documents, each by itself; false if there are none."""
 
-    def __init__(self, config: Config, prepared: Prepared, mesh: Mesh, rows: int):
+    def __init__(self, config: Config, prepared: Prepared, mesh: Mesh):
         self._config, self._split = config, prepared.heldout
         if not self._split:
             return
         T = config.data.sequence_length
-        self._shape = (rows, T)
-        self._layout = NamedSharding(mesh, sharding.act("BT"))
-        mine = sharding.rows_of_this_process(self._layout, self._shape, dim=0)
-        self._batches = heldout_batches(prepared, sequence_length=T, rows_per_batch=rows, rows=mine)
+        A, B = eval_shape(config, mesh)
+        self._shape = A, B, T
+        self._layout = NamedSharding(mesh, sharding.act("ABT"))
+        self._mine = sharding.rows_of_this_process(self._layout, self._shape, dim=1)
+        rows = [a * B + b for a in range(A) for b in self._mine]
+        self._batches = heldout_batches(
+            prepared, sequence_length=T, rows_per_batch=A * B, rows=rows
+        )
 
     def __bool__(self) -> bool:
         return self._split is not None
@@ -241,8 +246,11 @@ class Evaluation:
         assert self._split
         nats = 0.0
         for local in self._batches:
+            A, _, T = self._shape
             batch = {
-                name: jax.make_array_from_process_local_data(self._layout, a, self._shape)
+                name: sharding.from_rows(
+                    a.reshape(A, -1, T), self._mine, self._shape, self._layout, dim=1
+                )
                 for name, a in local.items()
             }
             # Waiting for each keeps collectives of several in one order: CPU has no stream.
