@@ -34,7 +34,9 @@ ROOMS = [
     {"attention"},
     {"kernels"},
     {"sharding"},
+    {"watchdog"},
     {"metrics", "processes", "manifests"},
+    {"cluster"},
     {"config"},
     {"errors"},
 ]
@@ -134,7 +136,7 @@ def test_config_fields() -> None:
         "epsilon weight_decay clip_norm ramp_start ramp_increment ramp_samples",
         "mesh": "data fsdp tensor",
         "run": "seed log_every eval_every checkpoint_every keep_checkpoints remat accumulation "
-        "workers profile_step",
+        "workers profile_step watchdog",
     }
 
 
