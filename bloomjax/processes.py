@@ -49,7 +49,7 @@ def start() -> None:
     if place is None:
         return
     if place.index == 0:
-        _check_port(place)
+        check_port(place)
     _answer_abort(_cannot_join(place))
     late = threading.Timer(JOIN_SECONDS, _give_up, [place])
     late.daemon = True
@@ -88,7 +88,7 @@ def start() -> None:
         )
 
 
-def _check_port(place: Place) -> None:
+def check_port(place: Place) -> None:
     """PeerLostError unless this process can listen where the others will look for it."""
     address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", place.address)
     port = int(address.rpartition(":")[2])

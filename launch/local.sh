@@ -51,6 +51,7 @@ life() { # one life of the run; its exit code is in $status
   status=0
   local executioner='' ended code pids i
   join
+  [ -z "$stopped" ] || exit 143 # just now
   for ((i = 0; i < count; i++)); do
     start "$i" "$module" "$@" &
     running[$!]=1
