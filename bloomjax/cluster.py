@@ -6,6 +6,7 @@ together with others is alone, and looks for nobody.
 """
 
 import glob
+import importlib.util
 import os
 import re
 from dataclasses import dataclass
@@ -71,23 +72,26 @@ def place(seconds: int) -> Place | None:
 def _cluster() -> Any:
     """The first kind of cluster, in JAX's order, that has started this process among others."""
     env = os.environ
-    for kind in ClusterEnv._cluster_types:
-        if kind.opt_in_only_method:
-            continue
+    pod = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env  # one of several
+    kinds: list[Any] = ClusterEnv._cluster_types
+    # Google's virtual machines last: they are told apart by asking a server that may not be there.
+    for kind in sorted(kinds, key=lambda kind: kind.name == "gcetpu"):
         # A shell of sbatch or salloc has most of the variables: what counts is a step's tasks.
-        if kind.name == "slurm" and int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        alone = kind.name == "slurm" and int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1
+        kubernetes = kind.__name__ == "K8sCluster"
+        if kind.opt_in_only_method or alone or (kubernetes and not pod):
             continue
-        # A pod may be anything; one of an indexed job is one of several.
-        if kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in env:
-            continue
+        if kubernetes and not importlib.util.find_spec("kubernetes"):
+            raise ConfigError(
+                "this pod is of an indexed job, and the package kubernetes, which could tell how "
+                f"many there are, is not installed: set {', '.join(_BY_HAND)} in the manifest, as "
+                "launch/gke_jobset.sh does, or JAX_NUM_PROCESSES=1 to run this pod alone"
+            )
         if kind.is_env_present():
+            if kind.name == "gketpu" and "MEGASCALE_NUM_SLICES" not in env:
+                # Or JAX would ask for the number of slices where nobody answers (Colab, Kaggle).
+                return kind if len(kind._get_worker_list_in_slice()) > 1 else None
             return kind
-    if "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env:
-        raise ConfigError(
-            "this pod is of an indexed job, and the package kubernetes, which could tell how many "
-            f"there are, is not installed: set {', '.join(_BY_HAND)} in the manifest, as "
-            "launch/gke_jobset.sh does, or JAX_NUM_PROCESSES=1 to run this pod alone"
-        )
     return None
 
 

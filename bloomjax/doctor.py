@@ -3,8 +3,8 @@
     python -m bloomjax.doctor --workdir=runs/quickstart
 
 Takes less than ten seconds, whatever is broken: devices are asked for in a process of its own, and
-nobody is joined. Exits with 0 if nothing is wrong, with 2 otherwise. On machines that act as one, run
-it on each of them.
+nobody is joined. Exits with 0 if nothing is wrong, with 2 otherwise. On machines that act as one,
+run it on each of them.
 """
 
 import contextlib
@@ -137,13 +137,13 @@ class Devices:
         asked = os.environ.get("JAX_PLATFORMS", "")
         if self._child.returncode:
             report.found["devices"] = "no answer"
-            said = [line for line in err.splitlines() if line.strip()] or ["nothing"]
+            *_, last = "nothing", *filter(str.strip, err.splitlines())
             report.wrong.append(
                 f"devices ({there or 'no accelerator in sight'}) gave no answer within "
                 f"{SECONDS:.0f} s: end what else uses them, or restart the driver or the machine; "
                 "on a TPU slice of several hosts, run this on all of them"
                 if late
-                else f"JAX cannot use its devices: {cli.one_line(said[-1])[:300]}: mend the driver "
+                else f"JAX cannot use its devices: {cli.one_line(last)[:300]}: mend the driver "
                 "or the plugin, or look at JAX_PLATFORMS and XLA_FLAGS; JAX_PLATFORMS=cpu does "
                 "without an accelerator"
             )
@@ -174,11 +174,12 @@ class Devices:
                 )
 
 
-def version(package: str) -> str | None:
+def version(package: str) -> str:
+    """ "" if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
+        return ""
 
 
 def versions(report: Report, hardware: dict[str, int]) -> None:
@@ -187,13 +188,13 @@ def versions(report: Report, hardware: dict[str, int]) -> None:
     report.found["python"] = f"{platform.python_version()} on {platform.platform(terse=True)}"
     report.found["packages"] = ", ".join(f"{name} {v}" for name, v in found.items() if v)
     # What each of them says that it needs: pip upgrades one without asking the others.
-    for name in ("bloomjax", *PACKAGES, *plugins):
+    for name in found:
         for text in (metadata.requires(name) or []) if found[name] else []:
             needed = Requirement(text)
             if needed.marker and not needed.marker.evaluate({"extra": ""}):
                 continue
             has = version(needed.name)
-            if has is None or not needed.specifier.contains(has, prereleases=True):
+            if not has or not needed.specifier.contains(has, prereleases=True):
                 report.wrong.append(
                     f"{name} {found[name]} needs {needed}, found {has or 'none'}: "
                     f"pip install '{needed.name}{needed.specifier}'"
