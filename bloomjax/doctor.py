@@ -32,7 +32,7 @@ from bloomjax import cli, cluster, processes
 from bloomjax.errors import UserError
 from bloomjax.metrics import amount
 
-SECONDS = 8.0  # for the devices to answer
+SECONDS = 6.5  # for the devices to answer
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain")
 PLUGINS = {
     "NVIDIA": ("jax-cuda13-plugin", "jax-cuda12-plugin"),
@@ -140,7 +140,7 @@ class Devices:
             *_, last = "nothing", *filter(str.strip, err.splitlines())
             report.wrong.append(
                 f"devices ({there or 'no accelerator in sight'}) gave no answer within "
-                f"{SECONDS:.0f} s: end what else uses them, or restart the driver or the machine; "
+                f"{SECONDS:.1f} s: end what else uses them, or restart the driver or the machine; "
                 "on a TPU slice of several hosts, run this on all of them"
                 if late
                 else f"JAX cannot use its devices: {cli.one_line(last)[:300]}: mend the driver "
