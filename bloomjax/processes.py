@@ -138,9 +138,9 @@ def _answer_abort(line: str | None, stacks: bool = False) -> None:
     global _handler
 
     def answer(number: int) -> None:
-        if stacks and not _over.is_set():
-            faulthandler.dump_traceback(2)
         if not _told.is_set():
+            if stacks:
+                faulthandler.dump_traceback(2)
             os.write(2, f"bloomjax: {line}: start all again\n".encode())
         os._exit(PeerLostError.exit_code)
 

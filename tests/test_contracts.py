@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from bloomjax_convert import __main__ as convert
 
-from bloomjax import cli, generate, train
+from bloomjax import cli, doctor, generate, train
 from bloomjax.config import Config
 from bloomjax.sharding import AXES
 
@@ -149,6 +149,7 @@ def test_config_fields() -> None:
             "model prompt prompt_ids max_new_tokens temperature top_k top_p seed dtype stream "
             "verbose json",
         ),
+        (doctor.define, "workdir json"),
         (convert.define, "src dst to dtype tp pp gguf_type verify dry_run"),
     ],
 )
