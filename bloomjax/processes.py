@@ -75,9 +75,8 @@ def start() -> None:
     _keep_stdout()
     follower = threading.Thread(target=_follow, args=(distributed.global_state,), daemon=True)
     follower.start()
-    atexit.register(_answer_abort, None)
-    atexit.register(follower.join)
-    atexit.register(_over.set)  # runs before the lines above, and those before JAX's goodbye
+    atexit.register(follower.join, 5)
+    atexit.register(_over.set)  # runs before the line above, and that before JAX's goodbye
     client: Any = distributed.global_state.client
     if place.index == 0:
         client.key_value_set("bloomjax/count", str(place.count))
@@ -129,11 +128,11 @@ def _give_up(place: Place) -> NoReturn:
 _handler: Any = None  # what C calls must not be collected
 
 
-def _answer_abort(line: str | None, stacks: bool = False) -> None:
+def _answer_abort(line: str, stacks: bool = False) -> None:
     """Make this process's abort() say `line` and leave with the exit code of a lost peer.
 
     That is how JAX ends a process when process 0 is gone or another one sends no heartbeats. It
-    takes a callback for that moment, but cannot call one of Python (0.11.2). None: as it was.
+    takes a callback for that moment, but cannot call one of Python's (0.11.2).
     """
     global _handler
 
@@ -147,8 +146,8 @@ def _answer_abort(line: str | None, stacks: bool = False) -> None:
     # By C's own signal(): a handler of Python's would wait for the main thread, abort() does not.
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(answer) if line else None
-    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p) if handler else 0)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(answer)
+    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
     _handler = handler
 
 

@@ -46,6 +46,7 @@ TASK = {
 NODE = TASK | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_LOCALID": "0"}
 GKE = {"TPU_WORKER_HOSTNAMES": "localhost,other", "TPU_WORKER_ID": "1"}
 SLICES = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080", "MEGASCALE_NUM_SLICES": "2"}
+DEALT = {"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "1"}  # each sees its own
 MPI = {
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -85,7 +86,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         (TASK, ("slurm", "jean07:61441", 28, 11, [3])),
         (NODE, ("slurm", "jean07:61441", 28, 11, None)),  # all eight
         (TASK | {"SLURM_STEP_TASKS_PER_NODE": "4(x7)"}, ("slurm", "jean07:61441", 28, 11, [6, 7])),
-        (TASK | {"CUDA_VISIBLE_DEVICES": "3"}, ("slurm", "jean07:61441", 28, 11, None)),  # dealt
+        (TASK | DEALT, ("slurm", "jean07:61441", 28, 11, None)),
         (TASK | {"CUDA_VISIBLE_DEVICES": "0,1"}, ("slurm", "jean07:61441", 28, 11, None)),
         (TASK | {"JAX_PLATFORMS": "cpu"}, ("slurm", "jean07:61441", 28, 11, None)),
         (TASK | {"JAX_COORDINATOR_PORT": "5"}, ("slurm", "jean07:5", 28, 11, [3])),
