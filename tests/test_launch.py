@@ -241,7 +241,7 @@ def numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"^step (\d+)/", text, re.MULTILINE)]
 
 
-def wait(condition: Any, parent: "subprocess.Popen[bytes]", limit: float = 120) -> None:
+def wait(condition: Any, parent: "subprocess.Popen[bytes]", limit: float = 240) -> None:
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline and parent.poll() is None
