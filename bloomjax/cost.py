@@ -86,9 +86,7 @@ class Estimate:
         return self.machine.peak_flops * self.devices
 
 
-def estimate(
-    config: Config, machine: Machine, devices: int, software: Software = OURS
-) -> Estimate:
+def estimate(config: Config, machine: Machine, devices: int, software: Software = OURS) -> Estimate:
     """The cost of one full step of `config`, laid out as `config.mesh` says (one axis may be -1).
 
     ConfigError if the layout does not divide the model or the devices.
@@ -151,9 +149,10 @@ def memory(layout: Layout) -> dict[str, float]:
     rest = (held + layout.table) / layout.weight_parts
     stream = layout.tokens * layout.D / layout.stream_parts * c
     wide = layout.tokens * layout.D / layout.tensor * c
-    kept = stream + {"block": 0, "dots": stream + 7 * wide, "none": 8 * stream + 18 * wide}[
-        layout.remat
-    ]
+    kept = (
+        stream
+        + {"block": 0, "dots": stream + 7 * wide, "none": 8 * stream + 18 * wide}[layout.remat]
+    )
     if S == 1:
         # Two layers' weights are gathered at once, so that one hides behind the other.
         gathered = 2 * layout.layer * c + layout.table * c
@@ -175,6 +174,3 @@ def memory(layout: Layout) -> dict[str, float]:
         "activations": activations,
         "transients": max(layer + pairs * 14, 3 * logits + 2 * layout.tokens * layout.D * 4),
     }
-
-
-

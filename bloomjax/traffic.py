@@ -196,7 +196,9 @@ def collectives(layout: Layout, machine: Machine, software: Software) -> tuple[C
     keys = 2 * layout.rows * layout.T * layout.D // layout.tensor * c
     times = 1 if layout.remat == "none" else 2
     add("layer", "keys and values", "all-gather", "sequence", keys, times * layers * passes)
-    add("layer", "gradients of keys and values", "reduce-scatter", "sequence", keys, layers * passes)
+    add(
+        "layer", "gradients of keys and values", "reduce-scatter", "sequence", keys, layers * passes
+    )
 
     # Embedding and head: V is split over tensor.
     dealt = layout.dealt(software)
@@ -235,7 +237,8 @@ def collectives(layout: Layout, machine: Machine, software: Software) -> tuple[C
         add("weights", "weights", "all-gather", rest, exchanged, 2 * layers * n)
         add("weights", "gradients", "reduce-scatter", rest, exchanged, layers * n)
         add("weights", "gradients", "all-reduce", "data", exchanged / width, layers * n)
-        add("weights", "embedding", "all-gather", rest, table * c, 2 * n)
+        # The compiler finds that lookups and heads gather the same, once for all microbatches.
+        add("weights", "embedding", "all-gather", rest, table * c, 1)
         add("weights", "embedding's gradients", "reduce-scatter", rest, table * 4, 2 * n)
         add("weights", "embedding's gradients", "all-reduce", "data", table * 4 / width, 2 * n)
     else:
