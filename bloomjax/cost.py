@@ -9,8 +9,8 @@ import dataclasses
 
 from bloomjax.attention import CHUNK
 from bloomjax.config import Config
-from bloomjax.loss import LOGITS_BYTES
 from bloomjax.errors import ConfigError
+from bloomjax.loss import LOGITS_BYTES
 from bloomjax.machines import Machine
 from bloomjax.optim import BatchRamp
 from bloomjax.software import OURS, Software
@@ -92,10 +92,10 @@ def estimate(config: Config, machine: Machine, devices: int, software: Software 
     ConfigError if the layout does not divide the model or the devices.
     """
     layout = Layout.of(config, devices)
-    if software is OURS and layout.free > layout.slots:
+    if software.lockstep and layout.free >= layout.slots:
         raise ConfigError(
-            f"mesh.stage is {layout.stage}: {layout.L} layers in stages of {layout.slots} leave "
-            "more than the last one empty: expected fewer stages"
+            f"mesh.stage is {layout.stage}: expected a layer for each stage, found that "
+            f"{layout.L} layers in {layout.slots}s leave one without: take fewer stages"
         )
     found = collectives(layout, machine, software)
     T, batch = layout.T, config.data.batch_size

@@ -84,8 +84,9 @@ def meshes(config: Config, machine: Machine, devices: int) -> Iterator[MeshConfi
     inner = min(machine.node, devices)
     for stage in divisors(devices):
         slots = math.ceil(letters["L"] / stage)
-        if stage > letters["L"] or stage * slots - letters["L"] not in (0, 2):
-            continue  # a slot would hold nothing, or head and embedding would have none
+        free = stage * slots - letters["L"]
+        if free >= slots or free not in (0, 2):
+            continue  # slots would hold nothing, or embedding and head would have none
         for tensor in divisors(devices // stage):
             if letters["N"] % tensor or letters["V"] % tensor or tensor > inner:
                 continue
