@@ -13,6 +13,7 @@ from bloomjax.errors import ConfigError
 from bloomjax.loss import LOGITS_BYTES
 from bloomjax.machines import Machine
 from bloomjax.optim import BatchRamp
+from bloomjax.sharding import faults
 from bloomjax.software import OURS, Software
 from bloomjax.timing import attention_runs, rerun_products, scores, seconds
 from bloomjax.traffic import Collective, Layout, collectives
@@ -92,11 +93,9 @@ def estimate(config: Config, machine: Machine, devices: int, software: Software 
     ConfigError if the layout does not divide the model or the devices.
     """
     layout = Layout.of(config, devices)
-    if software.lockstep and layout.free >= layout.slots:
-        raise ConfigError(
-            f"mesh.stage is {layout.stage}: expected a layer for each stage, found that "
-            f"{layout.L} layers in {layout.slots}s leave one without: take fewer stages"
-        )
+    if software.gathers_weights:
+        for fault in faults(config.model, layout.sizes, layout.T):
+            raise ConfigError(f"{fault}: change mesh.*, or search for layouts")
     found = collectives(layout, machine, software)
     T, batch = layout.T, config.data.batch_size
     free = max(layout.free - 2, 0) if software.slots else layout.free

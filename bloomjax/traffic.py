@@ -14,10 +14,8 @@ import math
 from bloomjax.config import Config
 from bloomjax.errors import ConfigError
 from bloomjax.machines import Machine
+from bloomjax.sharding import AXES
 from bloomjax.software import Software
-
-# Outermost first: neighbours along the last share a node (as `sharding.AXES`, which needs JAX).
-AXES = ("stage", "data", "fsdp", "sequence", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Layout:
 
     @classmethod
     def of(cls, config: Config, devices: int) -> "Layout":
-        """ConfigError if the mesh does not use all devices or does not divide the model."""
-        sizes = {axis: getattr(config.mesh, axis, 1) for axis in AXES}
+        """ConfigError if the mesh does not use all devices."""
+        sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
         fixed = math.prod(size for size in sizes.values() if size != -1)
         for axis in [axis for axis, size in sizes.items() if size == -1][:1]:
             sizes[axis] = max(devices // fixed, 1)
@@ -53,7 +51,7 @@ class Layout:
             )
         letters, T = config.model.sizes, config.data.sequence_length
         n = config.run.accumulation
-        layout = cls(
+        return cls(
             **sizes,
             microbatches=n,
             rows=math.ceil(math.ceil(config.data.batch_size / n) / (sizes["data"] * sizes["fsdp"])),
@@ -65,21 +63,6 @@ class Layout:
             itemsize=4 if config.model.dtype == "float32" else 2,
             remat=config.run.remat,
         )
-        for name, size, parts in layout.divisions():
-            if size % parts:
-                raise ConfigError(
-                    f"{name} = {size} does not divide over {parts} devices: expected a divisor"
-                )
-        return layout
-
-    def divisions(self) -> list[tuple[str, int, int]]:
-        """(what, its size, into how many parts): all have to divide."""
-        return [
-            ("width", self.D, self.weight_parts),
-            ("heads", self.N, self.tensor),
-            ("vocabulary", self.V, self.tensor),
-            ("sequence_length", self.T, self.sequence),
-        ]
 
     @property
     def sizes(self) -> dict[str, int]:

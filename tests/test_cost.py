@@ -325,11 +325,10 @@ def test_no_slot_is_empty(size: str, stage: int) -> None:
 
 
 def test_empty_slots_are_told() -> None:
-    """70 layers in 11 stages of 7 leave seven, of which embedding and head take two: and where a
-    whole stage would be left, it is refused."""
-    assert cost("gpu-h100", 15, "176b", accumulation=32, stage=15).idle == (15 * 5 - 72) / 75
-    with pytest.raises(ConfigError, match="expected a layer for each stage"):
-        cost("gpu-h100", 11, "176b", accumulation=32, stage=11)
+    """67 layers in 7 stages of 10 leave three slots, of which embedding and head take two."""
+    asked = config("176b", accumulation=32, stage=7)
+    asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, layers=67))
+    assert estimate(asked, machine("gpu-h100"), 7).idle == pytest.approx(1 / 70)
 
 
 def test_the_seeds_stages() -> None:
@@ -367,7 +366,7 @@ def test_search(size: str, name: str, devices: int) -> None:
     speeds = [one.estimate.tokens_per_second for one in found]
     assert speeds == sorted(speeds, reverse=True)
     assert best_mesh(asked, known, devices).config == found[0].config
-    for one in found:
+    for one in found[:: len(found) // 20]:
         cost, mesh, sizes = one.estimate, one.config.mesh, one.config.model.sizes
         assert cost.fits and cost.layout.devices == devices and cost.padding == 0
         assert cost.layout.tensor <= known.node
@@ -408,9 +407,9 @@ def test_a_device_too_small_for_the_batch_takes_a_smaller_one() -> None:
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ({"tensor": 3}, "heads = 32 does not divide over 3 devices"),
-        ({"fsdp": 3}, "width = 4096 does not divide over 3 devices"),
-        ({"stage": 7}, "expected a layer for each stage"),
+        ({"tensor": 3}, r"heads \(N = 32\) does not divide over mesh.tensor = 3"),
+        ({"fsdp": 3}, r"width \(D = 4096\) does not divide over mesh.fsdp = 3"),
+        ({"stage": 7}, "30 layers leave one of mesh.stage = 7 without any"),
     ],
 )
 def test_layouts_that_do_not_divide(mesh: dict[str, int], message: str) -> None:
