@@ -360,9 +360,9 @@ def test_more_microbatches_less_bubble() -> None:
 )
 def test_search(size: str, name: str, devices: int) -> None:
     asked, known = freeze(base_config(size)), machine(name)
-    start = time.perf_counter()
+    start = time.process_time()
     found = search(asked, known, devices)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     speeds = [one.estimate.tokens_per_second for one in found]
     assert speeds == sorted(speeds, reverse=True)
     assert best_mesh(asked, known, devices).config == found[0].config
