@@ -46,12 +46,12 @@ class Software:
 # Counted in the text of the step that XLA compiles for an H200 (the width of 7b1, two and four
 # layers, 16 and 32 heads, "dots"): 59 bytes a score, and 370 a token, layer and unit of width
 # beside scores and products; their split is by reasoning. Stream: two norms, whose float32 passes
-# are not all one, and two sums with a bias. Q, k, v: transposes for the batched products, and gradients of
-# the chunks' keys, padded and added. Scores are float32 in memory, chunk by chunk: written by the
-# product, read by the softmax, written and read as bfloat16; backward they are made again, and four
-# products read or write them. Weights inside a pipeline: a slice of the stack is copied for each of
-# two passes (8), a gradient is written (2) and added (10). Some 80 kernels a layer, 1.5 us apart
-# (Hazy Research measured 1.3 us in CUDA graphs on an H100).
+# are not all one, and two sums with a bias. Q, k, v: transposes for the batched products, and
+# gradients of the chunks' keys, padded and added. Scores are float32 in memory, chunk by chunk:
+# written by the product, read by the softmax, written and read as bfloat16; backward they are made
+# again, and four products read or write them. Weights inside a pipeline: a slice of the stack is
+# copied for each of two passes (8), a gradient is written (2) and added (10). Some 80 kernels a
+# layer, 1.5 us apart (Hazy Research measured 1.3 us in CUDA graphs on an H100).
 OURS = Software(
     name="bloomjax",
     split_stream=True,

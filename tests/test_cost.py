@@ -363,8 +363,9 @@ def test_search(size: str, name: str, devices: int) -> None:
     start = time.process_time()
     found = search(asked, known, devices)
     assert time.process_time() - start < 10
-    speeds = [one.estimate.tokens_per_second for one in found]
-    assert speeds == sorted(speeds, reverse=True)
+    for noted in (True, False):
+        speeds = [one.estimate.tokens_per_second for one in found if bool(one.note) == noted]
+        assert speeds == sorted(speeds, reverse=True)
     assert best_mesh(asked, known, devices).config == found[0].config
     for one in found[:: len(found) // 20]:
         cost, mesh, sizes = one.estimate, one.config.mesh, one.config.model.sizes
