@@ -370,6 +370,7 @@ def test_search(size: str, name: str, devices: int) -> None:
     for one in found[:: len(found) // 20]:
         cost, mesh, sizes = one.estimate, one.config.mesh, one.config.model.sizes
         assert cost.fits and cost.layout.devices == devices and cost.padding == 0
+        assert cost.idle == 0
         assert cost.layout.tensor <= known.node
         assert sizes["N"] % mesh.tensor == 0 and sizes["V"] % mesh.tensor == 0
         assert sizes["D"] % (mesh.fsdp * mesh.sequence) == 0
