@@ -25,10 +25,15 @@ ROOMS = [
     {"train", "generate", "evaluate", "serve", "doctor", "plan"},
     {"cli"},
     {"aot"},
+    {"search"},
+    {"cost"},
+    {"timing"},
+    {"traffic"},
+    {"software"},
     {""},  # the package itself: what `import bloomjax` offers
     {"source"},
     {"decode", "step"},
-    {"formats"},
+    {"pipeline", "formats"},
     {"loss", "optim", "data", "checkpoint"},
     {"model"},
     {"attention"},
@@ -37,6 +42,7 @@ ROOMS = [
     {"sharding"},
     {"watchdog"},
     {"metrics", "processes", "manifests"},
+    {"machines"},
     {"cluster"},
     {"config"},
     {"errors"},
@@ -135,7 +141,7 @@ def test_config_fields() -> None:
         "data": "train heldout heldout_every exclude text_key tokenizer sequence_length batch_size",
         "optim": "steps learning_rate min_learning_rate warmup_samples decay_samples beta1 beta2 "
         "epsilon weight_decay clip_norm ramp_start ramp_increment ramp_samples",
-        "mesh": "data fsdp tensor",
+        "mesh": "stage data fsdp sequence tensor",
         "run": "seed log_every eval_every checkpoint_every keep_checkpoints remat accumulation "
         "workers profile_step watchdog",
     }
