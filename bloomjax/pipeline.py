@@ -119,11 +119,10 @@ class _Stage:
 
     def reduce(self, gradient: jax.Array, axes: str) -> jax.Array:
         """A gradient of what this device did -> of the whole batch, as the weight rests."""
-        if "L" not in axes:
-            gradient = sum_over("L", gradient)
         if self.letter == "R":
             gradient = sum_partial(gradient, axes)
-        return reduce_gradient(gradient, axes)
+        gradient = reduce_gradient(gradient, axes)
+        return gradient if "L" in axes else sum_over("L", gradient)
 
     # ---- one microbatch through this stage ---------------------------------------------------
 

@@ -231,7 +231,7 @@ def collectives(layout: Layout, machine: Machine, software: Software) -> tuple[C
         add("weights", "gradients", "reduce-scatter", rest, held * g, 1)
         add("weights", "gradients", "all-reduce", "data", held * g / width, 1)
         add("weights", "embedding", "all-gather", rest, table * c, 1)
-        add("weights", "embedding's gradients", "all-reduce", "stage", table * g, 1)
+        add("weights", "embedding's gradients", "all-reduce", "stage", table * g / width, 1)
         add("weights", "embedding's gradients", "reduce-scatter", rest, table * g, 1)
         add("weights", "embedding's gradients", "all-reduce", "data", table * g / width, 1)
     return tuple(found)
