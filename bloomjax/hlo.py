@@ -300,7 +300,11 @@ class _Walk:
     def _flops(self, op: _Op, here: _Computation) -> float:
         if op.code == "dot":
             left = here.ops[op.operands[0]].outputs[0].dims
-            return 2.0 * math.prod(op.outputs[0].dims) * _pick(left, op.numbers("lhs_contracting_dims"))
+            return (
+                2.0
+                * math.prod(op.outputs[0].dims)
+                * _pick(left, op.numbers("lhs_contracting_dims"))
+            )
         if op.code == "convolution":
             return _convolution(op, *(here.ops[name].outputs[0].dims for name in op.operands))
         if op.code == "custom-call" and '"__cublas$' in op.attributes:
@@ -411,12 +415,18 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
     if mesh := re.search(r"replica_groups=mesh\[([^]]*)\](.*?) ?\{([^}]*)\}", attributes):
         names, sizes = zip(*re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh[1]), strict=True)
         groups = _of_mesh(names, [int(s) for s in sizes], mesh[3])
-        if order := re.search(r"device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\)", mesh[2]):
-            shape, turned, listed = ([int(n) for n in (g or "").split(",") if n] for g in order.groups())
+        if order := re.search(
+            r"device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\)", mesh[2]
+        ):
+            shape, turned, listed = (
+                [int(n) for n in (g or "").split(",") if n] for g in order.groups()
+            )
             ids = np.arange(math.prod(shape)).reshape(shape).transpose(turned or range(len(shape)))
             groups = np.array(listed or ids.flatten())[np.array(groups)].tolist()
         return groups
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+    if iota := re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
         shape, sizes, turned = ([int(n) for n in (g or "").split(",") if n] for g in iota.groups())
         ids = np.arange(math.prod(sizes)).reshape(sizes)
         return (ids.transpose(turned) if turned else ids).reshape(shape).tolist()

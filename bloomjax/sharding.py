@@ -76,6 +76,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
 
 
+def on_cpu() -> bool:
+    """Whether the current mesh is of CPUs; that need not be the default backend, when a program is
+    compiled for devices that are not there."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"
+
+
 def check_divides(model: ModelConfig, mesh: Mesh) -> None:
     """ConfigError, in one line, if a size of the model does not divide its mesh axes."""
     for letter, size in model.sizes.items():
