@@ -107,9 +107,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int
-    fsdp: int
-    tensor: int
+    stage: int = 1  # pipeline stages: of layers
+    data: int = 1  # of the batch, each with weights of its own
+    fsdp: int = 1  # of the batch, each with a share of the weights
+    sequence: int = 1  # of the positions
+    tensor: int = 1  # of heads, ffn and vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +188,8 @@ def base_config(size: str = "560m") -> ConfigDict:
                 "ramp_increment": row["ramp_increment"],
                 "ramp_samples": 9_765_625,
             },
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # one axis may be -1: what remains
+            # one axis may be -1: what remains
+            "mesh": {"stage": 1, "data": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
             "run": {
                 "seed": 42,
                 "log_every": 1,

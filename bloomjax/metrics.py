@@ -14,18 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 peak, FLOP/s of one JAX device, by prefix of device_kind (vendors' data sheets).
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-}
-
+from bloomjax.machines import machines
 
 def peak_flops() -> float:
     """FLOP/s that all devices of the run could do: from data sheets, or, for a CPU, what a square
@@ -33,10 +22,10 @@ def peak_flops() -> float:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return measured_cpu_flops()
-    for prefix, peak in PEAK_FLOPS.items():
-        if device.device_kind.startswith(prefix):
-            return peak * jax.device_count()
-    return 0.0
+    known = [m for m in machines() if device.device_kind.startswith(m.device_kind)]
+    # "TPU v5 lite" begins as "TPU v5" does: the longest name is meant.
+    kind = max(known, key=lambda m: len(m.device_kind), default=None)
+    return kind.peak_flops * jax.device_count() if kind else 0.0
 
 
 def measured_cpu_flops(n: int = 1024) -> float:

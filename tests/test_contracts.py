@@ -25,6 +25,11 @@ ROOMS = [
     {"train", "generate", "evaluate", "serve", "doctor", "plan"},
     {"cli"},
     {"aot"},
+    {"search"},
+    {"cost"},
+    {"timing"},
+    {"traffic"},
+    {"software"},
     {""},  # the package itself: what `import bloomjax` offers
     {"source"},
     {"decode", "step"},
@@ -35,6 +40,7 @@ ROOMS = [
     {"kernels"},
     {"sharding"},
     {"metrics", "processes", "manifests"},
+    {"machines"},
     {"config"},
     {"errors"},
 ]
@@ -132,7 +138,7 @@ def test_config_fields() -> None:
         "data": "train heldout heldout_every exclude text_key tokenizer sequence_length batch_size",
         "optim": "steps learning_rate min_learning_rate warmup_samples decay_samples beta1 beta2 "
         "epsilon weight_decay clip_norm ramp_start ramp_increment ramp_samples",
-        "mesh": "data fsdp tensor",
+        "mesh": "stage data fsdp sequence tensor",
         "run": "seed log_every eval_every checkpoint_every keep_checkpoints remat accumulation "
         "workers profile_step",
     }
