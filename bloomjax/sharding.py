@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -73,7 +74,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             "all of them; change mesh.* (one axis may be -1)"
         )
     kinds = (AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
+    # A logical axis may be a part of one of a TPU's torus: 4 x 128 on 8 x 8 x 8.
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=kinds)
 
 
 def on_cpu() -> bool:
