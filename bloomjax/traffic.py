@@ -8,6 +8,7 @@ and twice that for an all-reduce. The invariant: what stands here is what `paral
 """
 
 import dataclasses
+import functools
 import math
 
 from bloomjax.config import Config
@@ -274,67 +275,65 @@ def rate_of(layout: Layout, machine: Machine, axes: str, ring: bool) -> tuple[fl
     devices of the node stand side by side. On a torus: as many of its dimensions as the axes fill,
     in both directions where the dimension closes.
     """
+    return _rate_of(machine, tuple(layout.sizes.values()), axes, ring)
+
+
+@functools.cache
+def _rate_of(
+    machine: Machine, sizes: tuple[int, ...], axes: str, ring: bool
+) -> tuple[float, float]:
     names = axes.split("+")
     inner = max(AXES.index(name) for name in names)
-    stride = math.prod(layout.sizes[axis] for axis in AXES[inner + 1 :])
-    n = math.prod(layout.sizes[axis] for axis in names)
-    inside = stride * n <= machine.node and machine.node % (stride * n) == 0
-    inside = inside or layout.devices <= machine.node
+    stride = math.prod(sizes[inner + 1 :])
+    n = math.prod(sizes[AXES.index(name)] for name in names)
     link = machine.link_bytes * machine.link_share
-    if not inside:
+    inside = stride * n <= machine.node and machine.node % (stride * n) == 0
+    if not inside and math.prod(sizes) > machine.node:
         rings = min(stride, machine.node)
         network = machine.network_bytes * machine.network_share * machine.node / rings
         return min(network, link * max(2 * machine.torus, 1)), machine.network_latency
-    if not machine.torus:
+    if not machine.torus or not ring:
         return link, machine.link_latency
-    filled, closed = _torus_dimensions(layout, machine, names)
-    if not ring:
-        return link, machine.link_latency
+    filled, closed = _torus_dimensions(machine, sizes, names)
     return link * filled * (2 if closed else 1), machine.link_latency
 
 
-def torus_shape(machine: Machine, devices: int) -> tuple[int, ...]:
+@functools.cache
+def torus_shape(dimensions: int, devices: int) -> tuple[int, ...]:
     """The slice of so many chips with the least surface, sides in rising order."""
-    best: tuple[int, ...] = (1,) * (machine.torus - 1) + (devices,)
-    for first in _divisors(devices):
-        for second in _divisors(devices // first) if machine.torus == 3 else (1,):
-            sides = (first, second, devices // first // second)
-            sides = sides if machine.torus == 3 else (sides[0], sides[2])
-            if tuple(sorted(sides)) == sides and sum(sides) < sum(best):
+    best: tuple[int, ...] = (1,) * (dimensions - 1) + (devices,)
+    for first in divisors(devices):
+        for second in divisors(devices // first) if dimensions == 3 else (1,):
+            third = devices // first // second
+            sides = (first, second, third) if dimensions == 3 else (first, third)
+            if sorted(sides) == list(sides) and sum(sides) < sum(best):
                 best = sides
     return best
 
 
-def _torus_dimensions(layout: Layout, machine: Machine, names: list[str]) -> tuple[int, bool]:
+def _torus_dimensions(
+    machine: Machine, sizes: tuple[int, ...], names: list[str]
+) -> tuple[int, bool]:
     """How many whole dimensions of the torus `names` fill, and whether they close to rings.
 
-    Innermost axes are laid out first, each on the sides whose product is its size, or on a part
-    of one."""
-    slice_size = min(layout.devices, machine.node)
-    sides = list(torus_shape(machine, slice_size))
+    Innermost axes are laid out first, each on sides whose product is its size, or on parts of
+    some."""
+    sides = list(torus_shape(machine.torus, min(math.prod(sizes), machine.node)))
     filled, closed = 0, True
-    for axis in reversed(AXES):
-        n = layout.sizes[axis]
-        if n == 1 or not sides:
-            continue
-        used = _sides_of(sides, n)
-        if not used:  # a part of one side, or some whole sides and a part of another
-            while n > 1 and sides:
-                side = max(sides, key=lambda side: math.gcd(side, n))
-                part = math.gcd(side, n)
-                if part == 1:
-                    break
-                sides.remove(side)
-                used.append((part, side))
-                if side > part:
-                    sides.append(side // part)
-                n //= part
-        else:
-            for _, side in used:
-                sides.remove(side)
+    for axis, n in reversed(list(zip(AXES, sizes, strict=True))):
+        used = _sides_of(sides, n) if n > 1 else []
+        for _, side in used:
+            sides.remove(side)
+        while n > 1 and not used and sides and math.gcd(math.prod(sides), n) > 1:
+            side = max(sides, key=lambda side: math.gcd(side, n))
+            part = math.gcd(side, n)
+            sides.remove(side)
+            sides.append(side // part)
+            n //= part
+            used = [] if n > 1 else [(part, side)]
         if axis in names:
             whole = [side for part, side in used if part == side]
-            filled += max(len(whole), 1 if used else 0)
+            filled += len(whole)
             closed &= bool(whole) and all(side % machine.wrap == 0 for side in whole)
     return max(filled, 1), closed and filled > 0
 
@@ -348,5 +347,6 @@ def _sides_of(sides: list[int], n: int) -> list[tuple[int, int]]:
     return []
 
 
-def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
+@functools.cache
+def divisors(n: int) -> tuple[int, ...]:
+    return tuple(i for i in range(1, n + 1) if n % i == 0)

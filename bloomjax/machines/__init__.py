@@ -2,7 +2,8 @@
 
 A file beside this one holds `name`, the prefix of JAX's `device_kind`, and `figures`: for each
 field of `Machine` a value, where it comes from, and how far to trust it (measured: by the source
-named; sheet: the vendor's; calibrated: by benchmarks/calibration.py; estimate). Units are bytes, seconds, and bytes or FLOP a second.
+named; sheet: the vendor's; calibrated: by benchmarks/calibration.py; estimate). Units are bytes,
+seconds, and bytes or FLOP a second.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any
 from bloomjax.errors import ConfigError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # one object each, so identity is enough
 class Machine:
     """One kind of device and the cluster around it. Bandwidths are of one direction."""
 
@@ -37,7 +38,7 @@ class Machine:
     network_bytes: float  # a device's share of its node's links to other nodes (slices)
     network_share: float
     network_latency: float
-    sources: dict[str, tuple[str, str]] = dataclasses.field(compare=False, repr=False)
+    sources: dict[str, tuple[str, str]] = dataclasses.field(repr=False)
 
     @property
     def gemm_flops(self) -> float:
