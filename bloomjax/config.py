@@ -105,7 +105,7 @@ class OptimConfig:
     ramp_samples: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     stage: int = 1  # pipeline stages: of layers
     data: int = 1  # of the batch, each with weights of its own

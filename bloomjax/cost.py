@@ -9,10 +9,11 @@ import dataclasses
 
 from bloomjax.attention import CHUNK
 from bloomjax.config import Config
-from bloomjax.loss import LOGITS_BYTES
 from bloomjax.errors import ConfigError
+from bloomjax.loss import LOGITS_BYTES
 from bloomjax.machines import Machine
 from bloomjax.optim import BatchRamp
+from bloomjax.sharding import faults
 from bloomjax.software import OURS, Software
 from bloomjax.timing import attention_runs, rerun_products, scores, seconds
 from bloomjax.traffic import Collective, Layout, collectives
@@ -86,19 +87,15 @@ class Estimate:
         return self.machine.peak_flops * self.devices
 
 
-def estimate(
-    config: Config, machine: Machine, devices: int, software: Software = OURS
-) -> Estimate:
+def estimate(config: Config, machine: Machine, devices: int, software: Software = OURS) -> Estimate:
     """The cost of one full step of `config`, laid out as `config.mesh` says (one axis may be -1).
 
     ConfigError if the layout does not divide the model or the devices.
     """
     layout = Layout.of(config, devices)
-    if software is OURS and layout.free > layout.slots:
-        raise ConfigError(
-            f"mesh.stage is {layout.stage}: {layout.L} layers in stages of {layout.slots} leave "
-            "more than the last one empty: expected fewer stages"
-        )
+    if software.gathers_weights:
+        for fault in faults(config.model, layout.sizes, layout.T):
+            raise ConfigError(f"{fault}: change mesh.*, or search for layouts")
     found = collectives(layout, machine, software)
     T, batch = layout.T, config.data.batch_size
     free = max(layout.free - 2, 0) if software.slots else layout.free
@@ -151,9 +148,10 @@ def memory(layout: Layout) -> dict[str, float]:
     rest = (held + layout.table) / layout.weight_parts
     stream = layout.tokens * layout.D / layout.stream_parts * c
     wide = layout.tokens * layout.D / layout.tensor * c
-    kept = stream + {"block": 0, "dots": stream + 7 * wide, "none": 8 * stream + 18 * wide}[
-        layout.remat
-    ]
+    kept = (
+        stream
+        + {"block": 0, "dots": stream + 7 * wide, "none": 8 * stream + 18 * wide}[layout.remat]
+    )
     if S == 1:
         # Two layers' weights are gathered at once, so that one hides behind the other.
         gathered = 2 * layout.layer * c + layout.table * c
@@ -175,6 +173,3 @@ def memory(layout: Layout) -> dict[str, float]:
         "activations": activations,
         "transients": max(layer + pairs * 14, 3 * logits + 2 * layout.tokens * layout.D * 4),
     }
-
-
-

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from bloomjax.machines import machines
 
+
 def peak_flops() -> float:
     """FLOP/s that all devices of the run could do: from data sheets, or, for a CPU, what a square
     float32 matrix product reaches here and now. 0.0 where nothing is known."""

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 
-from bloomjax.attention import attend
+from bloomjax.attention import Dropout, attend
 from bloomjax.config import ModelConfig
-from bloomjax.sharding import act, offset_of, on_cpu, reduce_gradient, split_of, sum_over, weight
+from bloomjax.parallel import dropout, lookup, product, use
+from bloomjax.sharding import act, on_cpu, scannable, stack_rows, stream, weight
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Params = dict[str, Any]  # a nested dictionary of arrays, as `abstract_params` shapes it
@@ -34,48 +36,24 @@ def compute_dtype(config: ModelConfig) -> Any:
 
 def param(config: ModelConfig, rngs: nnx.Rngs, axes: str, mean: float, std: float) -> nnx.Param:
     """A parameter of N(mean, std): shape, layout and sharding all follow from its letters."""
-    shape, layout = tuple(config.sizes[a] for a in axes), weight(axes)
+    sizes = config.sizes | {"L": stack_rows(config.layers)}
+    shape, layout = tuple(sizes[a] for a in axes), weight(axes)
     value = jnp.full(shape, mean, jnp.float32, out_sharding=layout)
     if std:
         value += std * jax.random.normal(rngs.params(), shape, out_sharding=layout)
+    if "L" in axes and shape[0] > config.layers:  # the draws of the others are the same
+        row = jnp.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+        value = jnp.where(row < config.layers, value, 0.0)
     return nnx.Param(value, axes=axes)
 
 
-def use(parameter: nnx.Param, dtype: Any) -> jax.Array:
-    """The parameter as a product needs it: cast, then gathered over what only splits it at rest.
-
-    Its last letters name its axes: a block's share of a stack has lost the leading L.
-    """
-    value = parameter[...]
-    return jax.reshard(value.astype(dtype), act(parameter.axes[-value.ndim :]))
-
-
-def product(x: jax.Array, parameter: nnx.Param) -> jax.Array:
-    """x [B, T, ...] times a weight, contracted over the weight's first axes -> [B, T, its others].
-
-    As a product of two matrices: over several axes at once, XLA:CPU transposes weights and
-    gradients in every layer. Heads lead what they are merged with, so their split stays whole.
-    """
-    w = use(parameter, x.dtype)
-    axes = parameter.axes[-w.ndim :]
-    contracted = x.ndim - 2
-    i, j = axes[0], axes[contracted]
-    x = x.reshape(*x.shape[:2], -1, out_sharding=act("BT" + i))
-    matrix = w.reshape(x.shape[-1], -1, out_sharding=act(i + j))
-    y = jnp.einsum(
-        "BTi,ij->BTj", x, matrix, preferred_element_type=x.dtype, out_sharding=act("BT" + j)
-    )
-    rest = w.shape[contracted:]
-    return y.reshape(*x.shape[:2], *rest, out_sharding=act("BT" + axes[contracted:]))
-
-
-def layer_norm(x_BTD: jax.Array, w_D: nnx.Param, b_D: nnx.Param, epsilon: float) -> jax.Array:
+def layer_norm(x_BRD: jax.Array, w_D: nnx.Param, b_D: nnx.Param, epsilon: float) -> jax.Array:
     """Statistics, scale and shift in float32; the result in x's dtype."""
-    x = x_BTD.astype(jnp.float32)
+    x = x_BRD.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     normal = centred * jax.lax.rsqrt(variance + epsilon)
-    return (normal * use(w_D, jnp.float32) + use(b_D, jnp.float32)).astype(x_BTD.dtype)
+    return (normal * use(w_D, jnp.float32) + use(b_D, jnp.float32)).astype(x_BRD.dtype)
 
 
 @jax.custom_vjp
@@ -96,67 +74,16 @@ def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, axes: str) -> jax.Array:
-    """Zero a share `rate` of x and scale the rest up; without a key, x. Any mesh drops the same."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=act(axes))
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
-
-
-def local_rows(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Inside shard_map: ids of V -> rows of this device's piece, and whether they are in it."""
-    local = ids - offset_of("V", rows)
-    return jnp.clip(local, 0, rows - 1), (local >= 0) & (local < rows)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def lookup(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of a vocabulary-parallel embedding, [B, T, D] in `dtype`.
-
-    The gradient is summed in float32: frequent tokens would drown in bfloat16.
-    """
-
-    def local(embed: jax.Array, tokens: jax.Array) -> jax.Array:
-        row, mine = local_rows(tokens, embed.shape[0])
-        return sum_over("V", jnp.where(mine[..., None], embed[row], 0))
-
-    return jax.shard_map(
-        local, in_specs=(act("VD"), act("BT")), out_specs=act("BTD"), check_vma=False
-    )(jax.reshard(embed_VD.astype(dtype), act("VD")), tokens_BT)
-
-
-def _lookup_forward(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> Any:
-    return lookup(embed_VD, tokens_BT, dtype), (embed_VD, tokens_BT)
-
-
-def _lookup_backward(dtype: Any, kept: Any, g_BTD: jax.Array) -> Any:
-    embed_VD, tokens_BT = kept
-    rows = embed_VD.shape[0] // split_of("V")
-
-    def local(tokens: jax.Array, g: jax.Array) -> jax.Array:
-        row, mine = local_rows(tokens, rows)
-        g = jnp.where(mine[..., None], g.astype(jnp.float32), 0)
-        gradient = jnp.zeros((rows, g.shape[-1]), jnp.float32).at[row].add(g)
-        return reduce_gradient(gradient, "VD").astype(embed_VD.dtype)
-
-    gradient = jax.shard_map(
-        local, in_specs=(act("BT"), act("BTD")), out_specs=weight("VD"), check_vma=False
-    )(tokens_BT, g_BTD)
-    return gradient, np.zeros(tokens_BT.shape, jax.dtypes.float0)
-
-
-lookup.defvjp(_lookup_forward, _lookup_backward)
-
-
-# What the backward pass finds kept, by `run.remat`. Weights as `product` takes them are never kept:
-# a layer's copy of each would be, cast, gathered and flattened.
-_USE = ("convert_element_type", "reshard", "reshape")
+# What the backward pass finds kept, by `run.remat`; weights as products take them never are.
 KEPT = {
-    "none": lambda operation, *_, **__: operation.name not in _USE,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("product"),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def _named(x: jax.Array) -> jax.Array:
+    return checkpoint_name(x, "product")
 
 
 class Block(nnx.Module):
@@ -178,29 +105,54 @@ class Block(nnx.Module):
         self.down_w, self.down_b = declare("FD", std=std_out), declare("D")
 
     def __call__(
-        self, x_BTD: jax.Array, attention: Attention, key: jax.Array | None = None
+        self,
+        x_BRD: jax.Array,
+        attention: Attention,
+        key: jax.Array | None = None,
+        letter: str = "T",
     ) -> jax.Array:
-        """x_BTD through one layer. `attention` maps q, k, v [B, T, N, H] to the attended values:
-        causal over the same T, or over a cache. `key` turns dropout on."""
-        config, dtype = self.config, x_BTD.dtype
-        keys = (None, None) if key is None else jax.random.split(key)
+        """The residual stream through one layer; `letter` is that of its positions (`stream`).
 
-        h_BTD = layer_norm(x_BTD, self.ln1_w, self.ln1_b, config.layer_norm_epsilon)
-        residual = h_BTD if config.apply_residual_connection_post_layernorm else x_BTD
-        qkv_BTN3H = product(h_BTD, self.qkv_w)
+        `attention` maps q, k, v [B, T, N, H] to the attended values: causal over the same T, or
+        over a cache. `key` turns dropout on."""
+        config, dtype = self.config, x_BRD.dtype
+        keys = (None, None) if key is None else jax.random.split(key)
+        axes = f"B{letter}D"
+
+        h_BRD = layer_norm(x_BRD, self.ln1_w, self.ln1_b, config.layer_norm_epsilon)
+        residual = h_BRD if config.apply_residual_connection_post_layernorm else x_BRD
+        qkv_BTN3H = _named(product(h_BRD, self.qkv_w, letter))
         q_NH, k_NH, v_NH = jnp.moveaxis(use(self.qkv_b, dtype), 1, 0)
         # The softmax cancels what the key bias adds (the same to every key of a query), so its
         # gradient is zero; computed, it is rounding noise that Adam turns into full-size steps.
         biases = q_NH, jax.lax.stop_gradient(k_NH), v_NH
-        a_BTNH = attention(*(qkv_BTN3H[..., i, :] + b_NH for i, b_NH in enumerate(biases)))
-        a_BTD = product(a_BTNH, self.out_w) + use(self.out_b, dtype)
-        x_BTD = residual + dropout(a_BTD, config.hidden_dropout, keys[0], "BTD")
+        qkv = (qkv_BTN3H[..., i, :] + b_NH for i, b_NH in enumerate(biases))
+        a_BTNH = _named(attention(*qkv))
+        a_BRD = _named(product(a_BTNH, self.out_w, letter)) + use(self.out_b, dtype)
+        x_BRD = residual + dropout(a_BRD, config.hidden_dropout, keys[0], axes)
 
-        h_BTD = layer_norm(x_BTD, self.ln2_w, self.ln2_b, config.layer_norm_epsilon)
-        residual = h_BTD if config.apply_residual_connection_post_layernorm else x_BTD
-        h_BTF = product(h_BTD, self.up_w) + use(self.up_b, dtype)
-        h_BTD = product(gelu(h_BTF), self.down_w) + use(self.down_b, dtype)
-        return residual + dropout(h_BTD, config.hidden_dropout, keys[1], "BTD")
+        h_BRD = layer_norm(x_BRD, self.ln2_w, self.ln2_b, config.layer_norm_epsilon)
+        residual = h_BRD if config.apply_residual_connection_post_layernorm else x_BRD
+        h_BTF = _named(product(h_BRD, self.up_w, letter)) + use(self.up_b, dtype)
+        h_BRD = _named(product(gelu(h_BTF), self.down_w, letter)) + use(self.down_b, dtype)
+        return residual + dropout(h_BRD, config.hidden_dropout, keys[1], axes)
+
+    def layer(
+        self, x_BRD: jax.Array, key: jax.Array | None, letter: str, segments_BT: Any = None
+    ) -> jax.Array:
+        """As `__call__`, with the attention of training: over the same T, packed or not."""
+        config, dropped = self.config, None
+        if key is not None:
+            key_attention, key = jax.random.split(key)
+            if config.attention_dropout:
+                dropped = Dropout(config.attention_dropout, key_attention)
+        attention = functools.partial(
+            attend,
+            segments_BT=segments_BT,
+            round_alibi=config.alibi_dtype == "compute",
+            dropout=dropped,
+        )
+        return self(x_BRD, attention, key, letter)
 
 
 class Bloom(nnx.Module):
@@ -230,62 +182,48 @@ class Bloom(nnx.Module):
         key: jax.Array | None = None,
         remat: str = "none",
     ) -> jax.Array:
-        """Token ids -> the normalised hidden state x_BTD that the head reads (`loss`, `logits`).
+        """Token ids -> the normalised hidden state x_BRD that the head reads (`loss`, `logits`).
 
         `segments_BT` keeps packed sequences apart (0: padding, left or right). `key` turns dropout
         on. `remat` says what the backward pass computes again: nothing ("none"), all but the
         matrix products ("dots"), everything inside a block ("block").
         """
-        config = self.config
-        stack_graph, stack = nnx.split(self.blocks)
+        config, letter = self.config, stream(tokens_BT.shape[1])
+        graph, stack = nnx.split(self.blocks)
 
-        def layer(x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+        def layer(x_BRD: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
             params, key = inputs
-            key_attention, key_block = (None, None) if key is None else jax.random.split(key)
-
-            def drop(probs_BNTS: jax.Array, chunk: int) -> jax.Array:
-                assert key_attention is not None
-                chunk_key = jax.random.fold_in(key_attention, chunk)
-                return dropout(probs_BNTS, config.attention_dropout, chunk_key, "BNTS")
-
-            attention = functools.partial(
-                attend,
-                segments_BT=segments_BT,
-                round_alibi=config.alibi_dtype == "compute",
-                drop=None if key is None or not config.attention_dropout else drop,
-            )
-            block = nnx.merge(stack_graph, params)
-            return block(x_BTD, attention, key_block), None
+            return nnx.merge(graph, params).layer(x_BRD, key, letter, segments_BT), None
 
         layer = jax.checkpoint(layer, policy=KEPT[remat], prevent_cse=False)
+        x_BRD = self.embed_tokens(tokens_BT, letter)
         keys = None
-        x_BTD = self.embed_tokens(tokens_BT)
         if key is not None:
             key, embed_key = jax.random.split(key)
-            x_BTD = dropout(x_BTD, config.hidden_dropout, embed_key, "BTD")
+            x_BRD = dropout(x_BRD, config.hidden_dropout, embed_key, f"B{letter}D")
             keys = jax.random.split(key, config.layers)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, (stack, keys))
-        return self.last_norm(x_BTD)
+        x_BRD, _ = jax.lax.scan(layer, x_BRD, (scannable(stack), keys))
+        return self.last_norm(x_BRD)
 
     def decode(self, tokens_BT: jax.Array, attention: Callable[[int], Attention]) -> jax.Array:
         """As `__call__`, through a list of blocks; `attention(i)` is layer i's, over its cache."""
         x_BTD = self.embed_tokens(tokens_BT)
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, attention(i))
-        return self.last_norm(x_BTD)
+        return jax.reshard(self.last_norm(x_BTD), act("BSD"))  # any position may be picked
 
-    def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
-        """Token ids -> embeddings through their layer norm, [B, T, D] in the compute dtype."""
+    def embed_tokens(self, tokens_BT: jax.Array, letter: str = "T") -> jax.Array:
+        """Token ids -> embeddings through their layer norm, to the stream, in the compute dtype."""
         tokens_BT = jax.reshard(tokens_BT, act("BT"))
-        x_BTD = lookup(self.embed[...], tokens_BT, compute_dtype(self.config))
-        return layer_norm(x_BTD, self.embed_ln_w, self.embed_ln_b, self.config.layer_norm_epsilon)
+        x_BRD = lookup(self.embed[...], tokens_BT, compute_dtype(self.config), letter)
+        return layer_norm(x_BRD, self.embed_ln_w, self.embed_ln_b, self.config.layer_norm_epsilon)
 
     def last_norm(self, x_BTD: jax.Array) -> jax.Array:
         return layer_norm(x_BTD, self.ln_w, self.ln_b, self.config.layer_norm_epsilon)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V], split over V, of what `__call__` returned. Training never asks."""
-        embed_VD = use(self.embed, x_BTD.dtype)
+        x_BTD, embed_VD = jax.reshard(x_BTD, act("BTD")), use(self.embed, x_BTD.dtype)
         return jnp.einsum(
             "BTD,VD->BTV",
             x_BTD,
@@ -295,8 +233,12 @@ class Bloom(nnx.Module):
         )
 
 
-@functools.cache
 def _graph(config: ModelConfig, unrolled: bool = False) -> tuple[Any, Any]:
+    return _graph_of(config, unrolled, stack_rows(config.layers))
+
+
+@functools.cache
+def _graph_of(config: ModelConfig, unrolled: bool, rows: int) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(lambda: Bloom(config, nnx.Rngs(0), unrolled)))
 
 
@@ -308,7 +250,8 @@ def bind(config: ModelConfig, params: Params, unrolled: bool = False) -> Bloom:
 def unroll(params: Params) -> Params:
     """Parameters of a stack of blocks -> of a list of blocks. Copies them; to be jitted."""
     layers = jax.tree.leaves(params["blocks"])[0].shape[0]
-    blocks = {i: jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(layers)}
+    stack = scannable(params["blocks"])
+    blocks = {i: jax.tree.map(lambda p, i=i: p[i], stack) for i in range(layers)}
     return {**params, "blocks": blocks}
 
 

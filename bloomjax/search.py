@@ -13,8 +13,9 @@ from bloomjax.config import Config, MeshConfig
 from bloomjax.cost import Estimate, estimate, memory
 from bloomjax.errors import DoesNotFitError
 from bloomjax.machines import Machine
+from bloomjax.sharding import AXES, faults, layouts
 from bloomjax.software import OURS, Software
-from bloomjax.traffic import AXES, Layout, divisors
+from bloomjax.traffic import Layout
 
 REMAT = ("none", "dots", "block")
 # Rows of a microbatch on a device that are tried: more only lengthen a pipeline's bubble.
@@ -79,24 +80,15 @@ def best_mesh(config: Config, machine: Machine, devices: int) -> Candidate:
 
 
 def meshes(config: Config, machine: Machine, devices: int) -> Iterator[MeshConfig]:
-    """Those that divide devices and model. Tensor and sequence stay inside a node, or one torus."""
-    letters, T = config.model.sizes, config.data.sequence_length
-    inner = min(machine.node, devices)
-    for stage in divisors(devices):
-        slots = math.ceil(letters["L"] / stage)
-        if stage > letters["L"] or stage * slots - letters["L"] not in (0, 2):
-            continue  # a slot would hold nothing, or head and embedding would have none
-        for tensor in divisors(devices // stage):
-            if letters["N"] % tensor or letters["V"] % tensor or tensor > inner:
-                continue
-            for sequence in divisors(devices // stage // tensor):
-                if T % (sequence * tensor) or sequence * tensor > inner or sequence > 8:
-                    continue
-                for fsdp in divisors(devices // stage // tensor // sequence):
-                    data = devices // stage // tensor // sequence // fsdp
-                    if letters["D"] % (fsdp * sequence):
-                        continue
-                    yield MeshConfig(stage, data, fsdp, sequence, tensor)
+    """Those that divide devices and model, with tensor and sequence inside a node (or a slice)."""
+    L, T = config.model.layers, config.data.sequence_length
+    for sizes in layouts(devices):
+        inner = sizes["sequence"] * sizes["tensor"]
+        empty = -L % sizes["stage"]
+        if inner > machine.node or T % inner or sizes["sequence"] > 8:
+            continue  # else a product would move more than it computes
+        if empty in (0, 2) and not any(faults(config.model, sizes, T)):
+            yield MeshConfig(**sizes)
 
 
 def batches(config: Config, mesh: MeshConfig) -> Iterator[tuple[int, int]]:

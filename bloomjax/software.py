@@ -76,14 +76,14 @@ FLASH = dataclasses.replace(
     OURS, name="bloomjax with a flash kernel", scores=Traffic(0, 0, 0), chunk=128
 )
 
-# Megatron-DeepSpeed of early 2022 (megatron/model/transformer.py, deepspeed/runtime/bf16_optimizer
-# .py, runtime/pipe/engine.py). Stream: it is whole on every device of `tensor`; two norms (8), twice
+# Megatron-DeepSpeed of early 2022 (megatron/model/transformer.py; deepspeed/runtime/pipe/engine.py
+# and bf16_optimizer.py). Stream: it is whole on every device of `tensor`; two norms (8), twice
 # dropout with its mask and the sum (14); backward also the biases' sums. Scores: all T x T of them
 # in bfloat16: alibi copied and added by the product (6), fused softmax (4), dropout with its mask
 # (5), read by the product (2). Gradients: written (2), cast to float32 (6), added (12). Transfers
-# block, and their pieces are gathered over `tensor` again. Its runs on many nodes set
-# CUDA_LAUNCH_BLOCKING=1 or hung, so each of a layer's some 110 kernels waits for the host (22 forward
-# and again, 42 backward, 24 for gradients).
+# block, and their pieces are gathered over `tensor` again. Its runs on many nodes hung without
+# CUDA_LAUNCH_BLOCKING=1 (tr11-176B-ml.slurm), so each of a layer's some 110 kernels (22 forward and
+# again, 42 backward, 24 for gradients) waits for the host.
 MEGATRON = Software(
     name="Megatron-DeepSpeed 2022, bfloat16",
     split_stream=False,

@@ -161,12 +161,12 @@ def read_params(reader: Reader, config: ModelConfig, mesh: Mesh) -> Params:
             flat[row.path] = _on_mesh(reader, row, 0, config, mesh, spec, dtype)
             continue
         with jax.set_mesh(mesh):
-            stack = jnp.zeros(target.shape, dtype, out_sharding=spec)
+            stack = jnp.zeros(target.shape, dtype, out_sharding=P(None, *spec[1:]))
         for layer in row.layers(config):
             value = _on_mesh(reader, row, layer, config, mesh, P(*spec[1:]), dtype)
             with jax.set_mesh(mesh):
                 stack = _set_layer(stack, layer, value)
-        flat[row.path] = stack
+        flat[row.path] = jax.device_put(stack, target.sharding)
     return nest(flat)
 
 

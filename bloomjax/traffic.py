@@ -14,10 +14,8 @@ import math
 from bloomjax.config import Config
 from bloomjax.errors import ConfigError
 from bloomjax.machines import Machine
+from bloomjax.sharding import AXES
 from bloomjax.software import Software
-
-# Outermost first: neighbours along the last share a node (as `sharding.AXES`, which needs JAX).
-AXES = ("stage", "data", "fsdp", "sequence", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Layout:
 
     @classmethod
     def of(cls, config: Config, devices: int) -> "Layout":
-        """ConfigError if the mesh does not use all devices or does not divide the model."""
-        sizes = {axis: getattr(config.mesh, axis, 1) for axis in AXES}
+        """ConfigError if the mesh does not use all devices."""
+        sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
         fixed = math.prod(size for size in sizes.values() if size != -1)
         for axis in [axis for axis, size in sizes.items() if size == -1][:1]:
             sizes[axis] = max(devices // fixed, 1)
@@ -53,7 +51,7 @@ class Layout:
             )
         letters, T = config.model.sizes, config.data.sequence_length
         n = config.run.accumulation
-        layout = cls(
+        return cls(
             **sizes,
             microbatches=n,
             rows=math.ceil(math.ceil(config.data.batch_size / n) / (sizes["data"] * sizes["fsdp"])),
@@ -65,21 +63,6 @@ class Layout:
             itemsize=4 if config.model.dtype == "float32" else 2,
             remat=config.run.remat,
         )
-        for name, size, parts in layout.divisions():
-            if size % parts:
-                raise ConfigError(
-                    f"{name} = {size} does not divide over {parts} devices: expected a divisor"
-                )
-        return layout
-
-    def divisions(self) -> list[tuple[str, int, int]]:
-        """(what, its size, into how many parts): all have to divide."""
-        return [
-            ("width", self.D, self.weight_parts),
-            ("heads", self.N, self.tensor),
-            ("vocabulary", self.V, self.tensor),
-            ("sequence_length", self.T, self.sequence),
-        ]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -196,7 +179,9 @@ def collectives(layout: Layout, machine: Machine, software: Software) -> tuple[C
     keys = 2 * layout.rows * layout.T * layout.D // layout.tensor * c
     times = 1 if layout.remat == "none" else 2
     add("layer", "keys and values", "all-gather", "sequence", keys, times * layers * passes)
-    add("layer", "gradients of keys and values", "reduce-scatter", "sequence", keys, layers * passes)
+    add(
+        "layer", "gradients of keys and values", "reduce-scatter", "sequence", keys, layers * passes
+    )
 
     # Embedding and head: V is split over tensor.
     dealt = layout.dealt(software)
@@ -235,7 +220,8 @@ def collectives(layout: Layout, machine: Machine, software: Software) -> tuple[C
         add("weights", "weights", "all-gather", rest, exchanged, 2 * layers * n)
         add("weights", "gradients", "reduce-scatter", rest, exchanged, layers * n)
         add("weights", "gradients", "all-reduce", "data", exchanged / width, layers * n)
-        add("weights", "embedding", "all-gather", rest, table * c, 2 * n)
+        # The compiler finds that lookups and heads gather the same, once for all microbatches.
+        add("weights", "embedding", "all-gather", rest, table * c, 1)
         add("weights", "embedding's gradients", "reduce-scatter", rest, table * 4, 2 * n)
         add("weights", "embedding's gradients", "all-reduce", "data", table * 4 / width, 2 * n)
     else:

@@ -55,7 +55,7 @@ def main(values: flags.FlagValues) -> None:
         raise ConfigError(f"{missing} is missing: expected --config=FILE.py --workdir=FOLDER")
     config = cli.load_config(values)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_divides(config.model, mesh)
+    sharding.check_divides(config.model, mesh, config.data.sequence_length)
     with jax.set_mesh(mesh):
         train(config, Path(values.workdir), mesh)
 
@@ -109,12 +109,12 @@ def continue_run(
         for done, batch in enumerate(batches, first + 1):
             if done == run.profile_step:
                 jax.profiler.start_trace(str(workdir / "profile"))
-            batch = {
-                name: jax.make_array_from_process_local_data(layout, local, (A, B, T))
+            placed = {
+                name: sharding.from_rows(local, rows, (A, B, T), layout, dim=1)
                 for name, local in batch.items()
             }
             count = ramp(done - 1)[1]
-            state, report = train_step(config, state, batch, np.int32(count))
+            state, report = train_step(config, state, placed, np.int32(count))
             reporter.step(done, report)  # of the step before: this one is still running
 
             stopping = stop.now(done)

@@ -38,7 +38,7 @@ from states import exact, shapes, state
 
 @pytest.fixture(scope="module")
 def mesh() -> Mesh:
-    return make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    return make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_new_folder_has_nothing(
 KILLED = (
     CHILD
     + """
-mesh = make_mesh(MeshConfig(1, 2, 2))
+mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
 found = checkpoints.restore(shapes(mesh, 4096))
 step = found.step if found else 0
@@ -226,7 +226,8 @@ def test_many_kills(tmp_path: Path, mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 1), (1, 1, 4), (8, 1, 1), (2, 2, 2)])
 def test_restores_onto_any_mesh(two: Path, sizes: tuple[int, int, int]) -> None:
-    other = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    config = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    other = make_mesh(config, jax.devices()[: int(np.prod(sizes))])
     target = shapes(other)
     found = restore(two, target)
     assert found is not None and found.step == 10
@@ -237,7 +238,7 @@ def test_restores_onto_any_mesh(two: Path, sizes: tuple[int, int, int]) -> None:
 SAVE = (
     CHILD
     + """
-mesh = make_mesh(MeshConfig(1, 2, 2))
+mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
 with jax.set_mesh(mesh):  # as a training does
     checkpoints = Checkpoints(Path(sys.argv[1]), keep=5)
     for step in (9, 10):
@@ -248,7 +249,8 @@ with jax.set_mesh(mesh):  # as a training does
 READ = (
     CHILD
     + """
-mesh = make_mesh(MeshConfig(*map(int, sys.argv[3:6])))
+data, fsdp, tensor = map(int, sys.argv[3:6])
+mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=5)
 found = checkpoints.restore(shapes(mesh))
 assert found.step == int(sys.argv[2]) and found.meta == {"samples": found.step * 100}
@@ -280,7 +282,7 @@ READ_HALF = (
     + """
 from test_checkpoint import read_bytes
 from bloomjax.checkpoint import restore
-target = shapes(make_mesh(MeshConfig(1, 2, 1)), 4096)
+target = shapes(make_mesh(MeshConfig(fsdp=2)), 4096)
 restore(Path(sys.argv[1]), target)  # the first call also reads Python modules
 before = read_bytes()
 found = restore(Path(sys.argv[1]), target)
@@ -296,7 +298,7 @@ def test_a_process_reads_and_verifies_only_its_share(
 ) -> None:
     monkeypatch.setattr("bloomjax.checkpoint._FILE_BYTES", 2**18)
     checkpoints = opened()
-    one = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
     checkpoints.save(1, state(1, one, 4096), {})
     checkpoints.close()
     size = 2 * 4 * 16 * 8 * 4096
@@ -407,7 +409,7 @@ def test_a_write_that_fails_midway_leaves_the_step_before(tmp_path: Path, mesh: 
     source = (
         CHILD
         + """
-mesh = make_mesh(MeshConfig(1, 2, 2))
+mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
 checkpoints.save(1, state(1, mesh, 4096), {})
 checkpoints.wait()
@@ -522,7 +524,7 @@ def test_a_user_sees_only_our_lines(tmp_path: Path) -> None:
         "import logging; logging.basicConfig(level=logging.INFO)\n"
         + CHILD
         + (
-            "mesh = make_mesh(MeshConfig(1, 2, 2))\n"
+            "mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))\n"
             "checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)\n"
             "checkpoints.save(1, state(1, mesh), {})\n"
             "checkpoints.restore(shapes(mesh))\n"

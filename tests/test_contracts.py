@@ -38,6 +38,7 @@ ROOMS = [
     {"model"},
     {"attention"},
     {"kernels"},
+    {"parallel"},
     {"sharding"},
     {"metrics", "processes", "manifests"},
     {"machines"},

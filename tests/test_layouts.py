@@ -14,6 +14,8 @@ BATCH, T = 8, 16
 RATE = 1e-3
 ALONE = {"data": 1, "fsdp": 1, "tensor": 1}
 LAYOUTS = {
+    "sequence 8": {"data": 1, "fsdp": 1, "sequence": 8, "tensor": 1},
+    "mix": {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2},
     "data 8": {"data": 8, "fsdp": 1, "tensor": 1},
     "fsdp 8": {"data": 1, "fsdp": 8, "tensor": 1},
     "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},

@@ -40,7 +40,8 @@ def hf_folder(folder: Path, config: Any, dtype: str) -> Memory:
 def test_parameters_are_placed_exactly(config: Any, mesh: Any) -> None:
     source = Memory(config, "float16")
     devices = jax.devices()[: int(np.prod(mesh))]
-    params = read_params(source, config, make_mesh(MeshConfig(*mesh), devices))
+    layout = MeshConfig(data=mesh[0], fsdp=mesh[1], tensor=mesh[2])
+    params = read_params(source, config, make_mesh(layout, devices))
     expected = from_hf(source.tensors["params"], config)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 

@@ -65,7 +65,8 @@ class CachedAttention:
         def row(held: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(held, new.astype(held.dtype), (start, 0, 0))
 
-        return jax.vmap(row)(held_BSNH, new_BTNH, self._cache.lengths_B)
+        new_BSNH = jax.reshard(new_BTNH, act("BSNH"))
+        return jax.vmap(row)(held_BSNH, new_BSNH, self._cache.lengths_B)
 
     def advance(self, tokens_B: jax.Array) -> Cache:
         return Cache(tuple(self._keys), tuple(self._values), self._cache.lengths_B + tokens_B)
