@@ -30,7 +30,6 @@ from bloomjax.config import Config
 from bloomjax.errors import ConfigError, DoesNotFitError
 from bloomjax.sharding import act, check_divides, make_mesh
 
-
 _BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
 
 
@@ -101,7 +100,7 @@ def devices(target: Target) -> list[jax.Device]:
         return topologies.get_topology_desc(name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"--target={target}: the compiler knows no such shape: {reason}") from None
+        raise ConfigError(f"--target={target}: the compiler refuses it: {reason}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +147,7 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> Program:
     compiler itself finds that the program does not fit.
     """
     mesh = make_mesh(config.mesh, devices)
-    check_divides(config.model, mesh)
+    check_divides(config.model, mesh, config.data.sequence_length)
     start = time.monotonic()
     with jax.set_mesh(mesh), _log_of_compiler() as log:
         state = step.abstract_state(config, mesh)
@@ -170,6 +169,7 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> Program:
             raise DoesNotFitError(f"the compiled step {needs}: split or recompute more") from None
     seconds = time.monotonic() - start
     told = compiled.memory_analysis()
+    assert told is not None and text
     optimizer, parameters = _bytes_here(state.moments), _bytes_here(state.params)
     memory = Memory(
         parameters=parameters,
@@ -185,7 +185,7 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> Program:
     return Program(sizes, shape, seconds, memory, counts, tuple(sorted(lines)))
 
 
-def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
+def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str | None]:
     """The executable, and its text. A TPU's cannot always be read back from it ("async-update
     instruction should have 1 operands"), so there the compiler writes it down on the way."""
     if platform != "tpu":

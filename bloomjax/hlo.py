@@ -16,12 +16,14 @@ service/hlo_cost_analysis.cc.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,24 +38,33 @@ COLLECTIVES = {
 }
 
 
+K = TypeVar("K")
+Sums = defaultdict[K, float]
+
+
+def _sums() -> Any:
+    return dataclasses.field(default_factory=lambda: defaultdict(float))
+
+
 @dataclasses.dataclass
 class Counts:
     """Of one device and one run. `collectives` and `calls` are by (kind, mesh axes)."""
 
-    flops: Counter[str] = dataclasses.field(default_factory=Counter)  # by part
+    flops: Sums[str] = _sums()  # by part
     memory: float = 0.0  # bytes read and written
-    collectives: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # bytes sent
-    calls: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    collectives: Sums[tuple[str, str]] = _sums()  # bytes sent
+    calls: Sums[tuple[str, str]] = _sums()
 
     def add(self, other: "Counts", times: int = 1) -> None:
         self.memory += times * other.memory
         for name in ("flops", "collectives", "calls"):
             mine, others = getattr(self, name), getattr(other, name)
-            mine.update({key: times * value for key, value in others.items()})
+            for key, value in others.items():
+                mine[key] += times * value
 
     def by_axis(self) -> dict[str, float]:
         """Bytes sent over each mesh axis, or several together ("data+fsdp"), by all collectives."""
-        sums: Counter[str] = Counter()
+        sums: Sums[str] = defaultdict(float)
         for (_, axes), size in self.collectives.items():
             sums[axes] += size
         return dict(sums)
@@ -73,7 +84,7 @@ def count(
     the text is not an HLO module.
     """
     computations, entry = _parse(text)
-    return _Walk(computations, dict(mesh), part, unknown_trips).computation(entry, lambda i: None)
+    return _Walk(computations, dict(mesh), part, unknown_trips).computation(entry, _nothing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +142,9 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    computations, entry = {}, ""
-    name, ops = "", []
+    computations: dict[str, _Computation] = {}
+    entry, name = "", ""
+    ops: list[_Op] = []
     for line in text.splitlines():
         if not line.startswith(" ") and line.rstrip().endswith("{") and " -> " in line:
             words = line.split()
@@ -195,6 +207,10 @@ _VIEWS = {"bitcast", "reshape", "convert", "copy", "transpose"}
 Known = Callable[[int], int | None]  # the number at a place of a tuple, if it is known
 
 
+def _nothing(index: int) -> None:
+    return None
+
+
 class _Walk:
     def __init__(
         self,
@@ -214,26 +230,25 @@ class _Walk:
             start = op.code.removesuffix("-start")
             if op.code == "while":
                 (body,), (condition,) = op.called("body"), op.called("condition")
-                begin: Known = lambda i, op=op: self._number(here, op.operands[0], known, i)  # noqa: E731
+                begin = functools.partial(self._number, here, op.operands[0], known)
                 total.add(self.computation(body, begin), self._trips(op, condition, begin))
             elif op.code == "conditional":
                 keys = "branch_computations", "true_computation", "false_computation"
-                branches = [self.computation(b, lambda i: None) for b in op.called(*keys)]
-                total.add(max(branches, key=lambda c: (c.flops.total(), c.memory)))
-            elif start in COLLECTIVES:
-                kind = "reduce-scatter" if scatters and start == "all-reduce" else start
-                total.add(self._collective(op, kind, here))
-            elif op.code == "fusion":
-                (called,) = op.called("calls")
-                total.add(self.computation(called, lambda i: None, fused=True))
-            elif op.code == "call" or (called := op.called("calls")):
-                for called_name in op.called("calls", "to_apply"):
-                    total.add(self.computation(called_name, known, fused))
-                continue
-            elif flops := self._flops(op, here):
-                total.add(Counts(Counter({self.part(op.op_name): flops})))
-            if not fused and op.code not in ("while", "conditional"):
-                total.add(Counts(memory=self._traffic(op, here)))
+                branches = [self.computation(b, _nothing) for b in op.called(*keys)]
+                total.add(max(branches, key=lambda c: (sum(c.flops.values()), c.memory)))
+            elif op.code == "call" or (op.code.endswith("-start") and op.called("calls")):
+                for called in op.called("calls", "to_apply"):
+                    total.add(self.computation(called, known, fused))
+            else:
+                if start in COLLECTIVES:
+                    kind = "reduce-scatter" if scatters and start == "all-reduce" else start
+                    total.add(self._collective(op, kind, here))
+                elif op.code == "fusion":
+                    total.add(self.computation(op.called("calls")[0], _nothing, fused=True))
+                elif flops := self._flops(op, here):
+                    total.flops[self.part(op.op_name)] += flops
+                if not fused:
+                    total.memory += self._traffic(op, here)
         return total
 
     # Loops.
@@ -292,8 +307,9 @@ class _Walk:
         if not axes:
             return Counts()
         key = kind, "+".join(axes)
-        sent = COLLECTIVES[kind](size, len(groups[0]))
-        return Counts(collectives=Counter({key: sent}), calls=Counter({key: 1}))
+        found = Counts()
+        found.collectives[key], found.calls[key] = COLLECTIVES[kind](size, len(groups[0])), 1
+        return found
 
     # Products.
 
@@ -418,22 +434,24 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
         if order := re.search(
             r"device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\)", mesh[2]
         ):
-            shape, turned, listed = (
-                [int(n) for n in (g or "").split(",") if n] for g in order.groups()
-            )
+            shape, turned, listed = map(_integers, order.groups())
             ids = np.arange(math.prod(shape)).reshape(shape).transpose(turned or range(len(shape)))
             groups = np.array(listed or ids.flatten())[np.array(groups)].tolist()
         return groups
     if iota := re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
     ):
-        shape, sizes, turned = ([int(n) for n in (g or "").split(",") if n] for g in iota.groups())
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        shape, numbers, turned = map(_integers, iota.groups())
+        ids = np.arange(math.prod(numbers)).reshape(numbers)
         return (ids.transpose(turned) if turned else ids).reshape(shape).tolist()
-    listed = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
-    if listed is None:
+    written = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
+    if written is None:
         return [list(range(devices))]
-    return [[int(n) for n in re.findall(r"\d+", group)] for group in listed[1].split("},")]
+    return [[int(n) for n in re.findall(r"\d+", group)] for group in written[1].split("},")]
+
+
+def _integers(text: str | None) -> list[int]:
+    return [int(n) for n in (text or "").split(",") if n]
 
 
 def _of_mesh(names: Sequence[str], sizes: Sequence[int], grouped: str) -> list[list[int]]:
