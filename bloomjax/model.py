@@ -277,6 +277,13 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
     )
 
 
+def axes_of(config: ModelConfig) -> Params:
+    """The letters of every parameter; "" for none."""
+    _, state = _graph(config)
+    is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
+    return nnx.to_pure_dict(jax.tree.map(lambda p: p.axes, state, is_leaf=is_param))
+
+
 def with_dtype(shapes: Params, dtype: Any) -> Params:
     """`abstract_params` as they are in another dtype."""
     return jax.tree.map(

@@ -314,6 +314,13 @@ def reduce_gradient(gradient: jax.Array, axes: str) -> jax.Array:
     return jax.lax.psum(gradient, left) if left else gradient
 
 
+def sum_partial(gradient: jax.Array, axes: str) -> jax.Array:
+    """A weight's gradient by positions along the stream -> by those of a product: sums over what
+    splits R beside T, unless it is split by that itself."""
+    over = set(_between_products()) - {a for b in axes for a in RULES.get(b, _NOWHERE)[1]}
+    return jax.lax.psum(gradient, tuple(over)) if over else gradient
+
+
 def shift(x: Any, by: int) -> Any:
     """What the stage `by` before this one has; around the end, so nobody waits for nothing."""
     (axis,) = RULES["L"][1]

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from bloomjax import model, optim
+from bloomjax import model, optim, pipeline
 from bloomjax.config import Config
 from bloomjax.loss import cross_entropy
 from bloomjax.model import Params
-from bloomjax.sharding import act
+from bloomjax.sharding import act, split_of
 
 Batch = dict[str, jax.Array]
 
@@ -84,6 +84,38 @@ def loss_fn(config: Config, params: Params, batch_BT: Batch, key: jax.Array | No
     return cross_entropy(x_BTD, params["embed"], batch_BT["targets"], batch_BT["weights"])
 
 
+def loss_and_gradients(
+    config: Config, params: Params, batch_ABT: Batch, count: jax.Array, key: jax.Array
+) -> tuple[jax.Array, Params]:
+    """`loss_fn` summed over microbatches, and its gradients in float32; `key` is for dropout.
+
+    While the batch ramps up, microbatches without one of the first `count` rows are not run.
+    """
+    A, B, _ = batch_ABT["tokens"].shape
+    microbatches = (count + B - 1) // B
+    dropout = config.model.hidden_dropout or config.model.attention_dropout
+    if split_of("L") > 1:
+        return pipeline.loss_and_gradients(
+            config, params, batch_ABT, microbatches, key if dropout else None
+        )
+
+    def microbatch(a: jax.Array | int) -> tuple[jax.Array, Params]:
+        batch_BT = jax.tree.map(lambda x: x[a], batch_ABT)
+        key_a = jax.random.fold_in(key, a) if dropout else None
+        return jax.value_and_grad(functools.partial(loss_fn, config))(
+            params, batch_BT=batch_BT, key=key_a
+        )
+
+    if A == 1:
+        return microbatch(0)
+
+    def add(a: jax.Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, microbatch(a))
+
+    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.fori_loop(0, microbatches, add, start)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def train_step(
     config: Config, state: TrainState, batch_ABT: Batch, count: jax.Array
@@ -95,29 +127,11 @@ def train_step(
     state's counts, and `checksum`, which tells tokens and their places apart and is the same on
     every mesh and under any accumulation.
     """
-    A, B, _ = batch_ABT["tokens"].shape
     weights = batch_ABT["weights"]
     tokens = (weights > 0).sum()
     batch_ABT = batch_ABT | {"weights": weights / weights.sum()}
-    dropout = config.model.hidden_dropout or config.model.attention_dropout
     step_key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-
-    def microbatch(a: jax.Array | int) -> tuple[jax.Array, Params]:
-        batch_BT = jax.tree.map(lambda x: x[a], batch_ABT)
-        key = jax.random.fold_in(step_key, a) if dropout else None
-        return jax.value_and_grad(functools.partial(loss_fn, config))(
-            state.params, batch_BT=batch_BT, key=key
-        )
-
-    if A == 1:
-        loss, gradients = microbatch(0)
-    else:  # while the batch ramps up, microbatches without a row are not run
-
-        def add(a: jax.Array, total: Any) -> Any:
-            return jax.tree.map(jnp.add, total, microbatch(a))
-
-        start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
-        loss, gradients = jax.lax.fori_loop(0, (count + B - 1) // B, add, start)
+    loss, gradients = loss_and_gradients(config, state.params, batch_ABT, count, step_key)
 
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -148,9 +162,14 @@ def train_step(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def eval_step(config: Config, params: Params, batch_BT: Batch) -> jax.Array:
-    """Sum of weight * negative log-likelihood over one batch [B, T], in nats."""
-    return loss_fn(config, params, batch_BT, None)
+def eval_step(config: Config, params: Params, batch_ABT: Batch) -> jax.Array:
+    """Sum of weight * negative log-likelihood over a batch [A, B, T], in nats."""
+    if split_of("L") > 1:
+        return pipeline.loss(config, params, batch_ABT)
+    total = jnp.float32(0)
+    for a in range(len(batch_ABT["tokens"])):
+        total += loss_fn(config, params, {name: x[a] for name, x in batch_ABT.items()}, None)
+    return total
 
 
 def _checksum(tokens_ABT: jax.Array, count: jax.Array) -> jax.Array:
