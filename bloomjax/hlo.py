@@ -43,17 +43,17 @@ Sums = defaultdict[K, float]
 
 
 def _sums() -> Any:
-    return dataclasses.field(default_factory=lambda: defaultdict(float))
+    return defaultdict(float)
 
 
 @dataclasses.dataclass
 class Counts:
     """Of one device and one run. `collectives` and `calls` are by (kind, mesh axes)."""
 
-    flops: Sums[str] = _sums()  # by part
+    flops: Sums[str] = dataclasses.field(default_factory=_sums)  # by part
     memory: float = 0.0  # bytes read and written
-    collectives: Sums[tuple[str, str]] = _sums()  # bytes sent
-    calls: Sums[tuple[str, str]] = _sums()
+    collectives: Sums[tuple[str, str]] = dataclasses.field(default_factory=_sums)  # bytes sent
+    calls: Sums[tuple[str, str]] = dataclasses.field(default_factory=_sums)
 
     def add(self, other: "Counts", times: int = 1) -> None:
         self.memory += times * other.memory
