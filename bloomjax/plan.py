@@ -161,7 +161,7 @@ def record(plan: Plan) -> dict[str, Any]:
         "expected": {
             "memory": estimate.memory,
             "flops": estimate.flops,
-            "bytes_by_axis": _expected_by_axis(estimate),
+            "bytes_by_axis": sent_by_axis(estimate),
         },
         "seconds": estimate.seconds,
         "step_seconds": estimate.step_seconds,
@@ -181,7 +181,7 @@ def record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _expected_by_axis(estimate: cost.Estimate) -> dict[str, float]:
+def sent_by_axis(estimate: cost.Estimate) -> dict[str, float]:
     sums: dict[str, float] = {}
     for collective in estimate.collectives:
         sums[collective.axis] = sums.get(collective.axis, 0) + collective.bytes
@@ -224,7 +224,7 @@ def report(plan: Plan) -> list[str]:
         f"  {'all products':<22}{total / 1e12:>11,.1f} TFLOP{expected / 1e12:>8,.1f} TFLOP"
     )
     lines.append(f"  {'through memory':<22}{_gb(counts.memory):>17}")
-    by_axis, expected_by_axis = counts.by_axis(), _expected_by_axis(estimate)
+    by_axis, expected_by_axis = counts.by_axis(), sent_by_axis(estimate)
     for axes in sorted(by_axis | expected_by_axis):
         sent = by_axis.get(axes, 0), expected_by_axis.get(axes, 0)
         if max(sent) >= 5e6:
