@@ -160,7 +160,7 @@ def memory(layout: Layout) -> dict[str, float]:
     else:
         gathered = held * c + layout.table * c
         gradients = 4 * (held + layout.table) + 4 * rest
-        activations = min(2 * S - 1, n) * layers * kept
+        activations = (2 * S - 1) * layers * kept
     queries = min(CHUNK, layout.T // layout.sequence)
     pairs = layout.rows * layout.N / layout.tensor * queries * layout.T
     logits = min(LOGITS_BYTES, layout.tokens * layout.V / layout.tensor * c)

@@ -118,7 +118,7 @@ def scores(layout: Layout, software: Software) -> float:
 
 def attention_runs(layout: Layout, software: Software) -> tuple[float, float]:
     """(how often the forward pass runs in all, how often its first product alone beside that)."""
-    again = 0 if layout.remat == "none" else 1
+    again = 1 if layout.remat == "block" else 0
     chunked = software.chunk and layout.T // layout.sequence > software.chunk
     return 1 + again, 1 if chunked else 0
 

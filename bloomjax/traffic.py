@@ -183,15 +183,16 @@ def collectives(layout: Layout, machine: Machine, software: Software) -> tuple[C
         "layer", "gradients of keys and values", "reduce-scatter", "sequence", keys, layers * passes
     )
 
-    # Embedding and head: V is split over tensor.
+    # Embedding and head: V is split over tensor. A pipeline's backward pass looks up again.
     dealt = layout.dealt(software)
+    lookups = passes * (1 if S == 1 else 2)
     if split > 1:
-        add("ends", "looked up", "reduce-scatter", "tensor", stream, passes)
+        add("ends", "looked up", "reduce-scatter", "tensor", stream, lookups)
         add("ends", "gradients of looked up", "all-gather", "tensor", stream, passes)
         add("ends", "head's tokens", "all-gather", "tensor", stream / dealt, n)
         add("ends", "head's gradients", "reduce-scatter", "tensor", stream / dealt, n)
     else:
-        add("ends", "looked up", "all-reduce", "tensor", stream, passes)
+        add("ends", "looked up", "all-reduce", "tensor", stream, lookups)
         add("ends", "head's gradients", "all-reduce", "tensor", stream / dealt, n)
     add("ends", "softmax's sums", "all-reduce", "tensor", layout.tokens / dealt * (8 + c), n)
 
@@ -230,8 +231,9 @@ def collectives(layout: Layout, machine: Machine, software: Software) -> tuple[C
         add("weights", "gradients", "reduce-scatter", rest, held * g, 1)
         add("weights", "gradients", "all-reduce", "data", held * g / width, 1)
         add("weights", "embedding", "all-gather", rest, table * c, 1)
+        add("weights", "embedding's gradients", "all-reduce", "stage", table * g, 1)
         add("weights", "embedding's gradients", "reduce-scatter", rest, table * g, 1)
-        add("weights", "embedding's gradients", "all-reduce", "data+stage", table * g / width, 1)
+        add("weights", "embedding's gradients", "all-reduce", "data", table * g / width, 1)
     return tuple(found)
 
 
