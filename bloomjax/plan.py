@@ -215,20 +215,22 @@ def report(plan: Plan) -> list[str]:
         f"  {'total':<22}{_gb(memory.total):>14} of {_gb(estimate.machine.capacity)}: {verdict}",
         f"  (temporaries by count: {guessed})",
         "",
-        f"{'work of a device in a step':<28}{'compiled':>14}{'by count':>14}",
+        f"{'work of a device in a step':<24}{'compiled':>16}{'by count':>18}",
     ]
-    for name, flops in counts.flops.items():
-        lines.append(f"  {name:<22}{flops / 1e12:>11,.1f} TFLOP")
+
+    def row(name: str, compiled: str, counted: str = "") -> str:
+        return f"  {name:<22}{compiled:>16}{counted:>18}".rstrip()
+
+    for name, flops in sorted(counts.flops.items()):
+        lines.append(row(name, f"{flops / 1e12:,.1f} TFLOP"))
     total, expected = sum(counts.flops.values()), sum(estimate.flops.values())
-    lines.append(
-        f"  {'all products':<22}{total / 1e12:>11,.1f} TFLOP{expected / 1e12:>8,.1f} TFLOP"
-    )
-    lines.append(f"  {'through memory':<22}{_gb(counts.memory):>17}")
+    lines.append(row("all products", f"{total / 1e12:,.1f} TFLOP", f"{expected / 1e12:,.1f} TFLOP"))
+    lines.append(row("through memory", _gb(counts.memory)))
     by_axis, expected_by_axis = counts.by_axis(), sent_by_axis(estimate)
     for axes in sorted(by_axis | expected_by_axis):
         sent = by_axis.get(axes, 0), expected_by_axis.get(axes, 0)
         if max(sent) >= 5e6:
-            lines.append(f"  {'sent over ' + axes:<22}{_gb(sent[0]):>17}{_gb(sent[1]):>14}")
+            lines.append(row(f"sent over {axes}", *map(_gb, sent)))
     step = estimate.step_seconds
     lines += ["", f"predicted: {step:,.2f} s a step, bound by {estimate.bound_by}"]
     for name, seconds in sorted(estimate.seconds.items(), key=lambda item: -item[1]):
