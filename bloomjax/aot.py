@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,7 @@ def part(name: str) -> str:
     The products of the house are named by their einsum, so the letters tell: S, key positions,
     stands in attention's alone, V in the head's.
     """
-    einsum = re.search(r"/(\w+),(\w+)->(\w+)/dot_general", name)
+    einsum = re.search(r"(\w+),(\w+)->(\w+)\)*/dot_general", name)
     letters = "".join(einsum.groups()) if einsum else ""
     return "attention" if "S" in letters else "head" if "V" in letters else "blocks"
 
@@ -157,9 +158,14 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> Program:
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
             for name, dtype in _BATCH.items()
         }
-        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, act("")))
+
+        # Rows are a number here, not an argument as in a run, so that every loop over microbatches
+        # has a known end.
+        def train_step(state: step.TrainState, batch: step.Batch) -> Any:
+            return step.train_step(config, state, batch, jnp.int32(config.data.batch_size))
+
         try:
-            lowered = step.train_step.lower(config, state, batch, count)
+            lowered = jax.jit(train_step, donate_argnums=0).lower(state, batch)
             compiled, text = _compile(lowered, devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

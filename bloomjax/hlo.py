@@ -222,8 +222,11 @@ class _Walk:
         self.computations, self.mesh = computations, mesh
         self.part, self.unknown_trips = part, unknown_trips
 
-    def computation(self, name: str, known: Known, fused: bool = False) -> Counts:
-        """`known` tells numbers of the tuple that is the computation's only parameter."""
+    def computation(
+        self, name: str, known: Known, fused: bool = False, op_name: str = ""
+    ) -> Counts:
+        """`known` tells numbers of the tuple that is the computation's only parameter; `op_name`
+        is what a fusion is called, for products in it that have lost their own name."""
         total, here = Counts(), self.computations[name]
         scatters = fused and "all-reduce-scatter" in name  # what a TPU makes of a reduce-scatter
         for op in here.ops.values():
@@ -244,9 +247,10 @@ class _Walk:
                     kind = "reduce-scatter" if scatters and start == "all-reduce" else start
                     total.add(self._collective(op, kind, here))
                 elif op.code == "fusion":
-                    total.add(self.computation(op.called("calls")[0], _nothing, fused=True))
+                    (called,) = op.called("calls")
+                    total.add(self.computation(called, _nothing, True, op.op_name))
                 elif flops := self._flops(op, here):
-                    total.flops[self.part(op.op_name)] += flops
+                    total.flops[self.part(op.op_name or op_name)] += flops
                 if not fused:
                     total.memory += self._traffic(op, here)
         return total

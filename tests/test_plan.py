@@ -16,9 +16,11 @@ from bloomjax.errors import ConfigError
 
 
 def small(**mesh: int) -> Config:
-    """Wide enough that matrices outweigh all else."""
+    """Wide enough that matrices outweigh all else. A pipeline gets twice as many microbatches as
+    it has stages."""
     config = base_config()
-    config.model.update(layers=4, width=256, heads=8, vocab_size=2048, dtype="float32")
+    config.run.accumulation = 2 * mesh["stage"] if "stage" in mesh else 1
+    config.model.update(layers=8, width=256, heads=8, vocab_size=2048, dtype="float32")
     config.data.update(batch_size=16, sequence_length=64)
     config.optim.update(ramp_start=0)
     config.mesh.update({"fsdp": 1, **mesh})
@@ -62,7 +64,13 @@ def test_gpu_descriptions_agree_with_the_machines() -> None:
         assert machine.capacity <= said["device_memory_size"] <= 1.1 * machine.memory_bytes
 
 
-LAYOUTS: list[dict[str, int]] = [{"fsdp": 8}, {"tensor": 8}, {"data": 8}]
+LAYOUTS: list[dict[str, int]] = [
+    {"fsdp": 8},
+    {"tensor": 8},
+    {"data": 8},
+    {"sequence": 8},
+    {"stage": 8},
+]
 
 
 @pytest.mark.parametrize("mesh", LAYOUTS, ids=str)
