@@ -11,6 +11,7 @@ line, the best one for the target is taken. The exit code is 4 where the step do
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,21 +70,9 @@ def main(values: flags.FlagValues) -> None:
     else:
         estimate = cost.estimate(config, machine, len(devices))
         candidates = [search.Candidate(config, estimate, "")]
-    plans: list[Plan] = []
-    for candidate in candidates[: COMPILED if values.search else 1]:
-        _say(f"compiling {_layout(candidate.config)} for {target}: this takes some minutes")
-        try:
-            program = aot.compile_step(candidate.config, devices)
-        except DoesNotFitError as error:
-            if not values.search:
-                raise
-            _say(f"{error}")
-            continue
-        plans.append(Plan(target, candidate.config, program, candidate.estimate, candidate.note))
-        for line in program.involuntary:
-            _say(f"a defect of ours, resharding through a full copy: {line}")
-    if not plans:
-        raise DoesNotFitError(f"none of the {COMPILED} best layouts compiles into the memory")
+    plans, refused = compile_best(target, candidates, devices, values.search)
+    if not plans and refused:
+        raise refused
     best = next((plan for plan in plans if plan.fits), plans[0])
     if values.json:
         found = {"searched": [record(plan) for plan in plans]} if values.search else {}
@@ -99,6 +88,42 @@ def main(values: flags.FlagValues) -> None:
             f"{_layout(best.config)} on {target}: expected at most {_gb(capacity)} a device, found "
             f"{_gb(need)}: let --search choose, or split or recompute more"
         )
+
+
+def compile_best(
+    target: aot.Target,
+    candidates: Sequence[search.Candidate],
+    devices: Sequence[jax.Device],
+    several: bool,
+) -> tuple[list[Plan], DoesNotFitError | None]:
+    """The best few candidates compiled, or with `several` false, down to the first that fits; and
+    what the compiler last refused for want of memory.
+
+    Where it needs more than the count said, candidates that leave no room for that are passed by.
+    """
+    plans: list[Plan] = []
+    refused, tries, excess = None, 0, 1.0
+    for candidate in candidates:
+        estimate = candidate.estimate
+        if tries == COMPILED or (plans and plans[-1].fits and not several):
+            break
+        if tries and excess * estimate.memory_bytes > estimate.machine.capacity:
+            continue
+        tries += 1
+        _say(f"compiling {_layout(candidate.config)} for {target}: this takes some minutes")
+        try:
+            program = aot.compile_step(candidate.config, devices)
+        except DoesNotFitError as error:
+            refused, excess = error, 1.05 * excess
+            _say(f"{error}")
+            continue
+        plans.append(Plan(target, candidate.config, program, estimate, candidate.note))
+        need = program.memory.total
+        excess = max(excess, need / estimate.memory_bytes)
+        _say(f"  {_gb(need)} a device, {_gb(estimate.memory_bytes)} by count")
+        for line in program.involuntary:
+            _say(f"  a defect of ours, resharding through a full copy: {line}")
+    return plans, refused
 
 
 def _say(text: str) -> None:
@@ -221,6 +246,10 @@ def report(plan: Plan) -> list[str]:
     def row(name: str, compiled: str, counted: str = "") -> str:
         return f"  {name:<22}{compiled:>16}{counted:>18}".rstrip()
 
+    if config.model.layers % program.mesh["stage"]:
+        lines.append(
+            "  (compiled: with both branches where the last stage has the head for layers)"
+        )
     for name, flops in sorted(counts.flops.items()):
         lines.append(row(name, f"{flops / 1e12:,.1f} TFLOP"))
     total, expected = sum(counts.flops.values()), sum(estimate.flops.values())
@@ -235,7 +264,7 @@ def report(plan: Plan) -> list[str]:
     lines += ["", f"predicted: {step:,.2f} s a step, bound by {estimate.bound_by}"]
     for name, seconds in sorted(estimate.seconds.items(), key=lambda item: -item[1]):
         lines.append(f"  {name:<22}{seconds:>11,.2f} s{100 * seconds / step:>7.1f} %")
-    if program.mesh.get("stage", 1) > 1:
+    if program.mesh["stage"] > 1:
         shares = ("bubble", estimate.bubble), ("idle slots", estimate.idle)
         text = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares)
         lines.append(f"  pipeline: {text}")

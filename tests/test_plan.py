@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from bloomjax import aot, cli, cost, machines, plan
+from bloomjax import aot, cli, cost, hlo, machines, plan, search
 from bloomjax.config import Config, base_config, freeze
 from bloomjax.errors import ConfigError
 
@@ -199,3 +199,33 @@ def test_with_the_real_compilers(
     expected = sum(found["expected"]["flops"].values())
     assert sum(found["flops"].values()) == pytest.approx(expected, rel=0.01)
     assert plot.exists() == (f"--plot={plot}" in argv)
+
+
+def test_a_plan_goes_on_until_a_layout_fits(monkeypatch: Any) -> None:
+    """What the first compiled layout needs above its count is expected of the others too."""
+    machine = machines.machine("gpu-h200")
+    names = ("tight", "as tight", "roomy", "roomier")
+    sizes = dict(zip(names, (0.98, 0.97, 0.8, 0.7), strict=True))
+    compiled = []
+
+    def candidate(name: str) -> search.Candidate:
+        estimate = dataclasses.replace(
+            cost.estimate(small(fsdp=8), machine, 8), memory={"all": sizes[name] * machine.capacity}
+        )
+        return search.Candidate(small(fsdp=8), estimate, name)
+
+    candidates = [candidate(name) for name in names]
+
+    def compile_step(config: Config, devices: Any) -> aot.Program:
+        name = names[[c.config is config for c in candidates].index(True)]
+        compiled.append(name)
+        memory = aot.Memory(0, 0, 0, int(1.1 * sizes[name] * machine.capacity), 0, 0)
+        return aot.Program({}, (1, 1, 1), 0.0, memory, hlo.Counts(), ())
+
+    monkeypatch.setattr(aot, "compile_step", compile_step)
+    target = aot.target("gpu-h200:8")
+    plans, _ = plan.compile_best(target, candidates, [], several=False)
+    assert compiled == ["tight", "roomy"] and [p.note for p in plans] == compiled
+    compiled.clear()
+    plans, _ = plan.compile_best(target, candidates, [], several=True)
+    assert compiled == ["tight", "roomy", "roomier"]
