@@ -8,6 +8,7 @@ hashed and synced to disk. Everything before that is `STEP.saving`, everything o
 set aside as `STEP.corrupt`. The folder must be seen by all processes and rename atomically (POSIX).
 """
 
+import dataclasses
 import errno
 import fcntl
 import itertools
@@ -44,6 +45,9 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 # for a moment) beside its own when the mesh has changed. At 512 chips a shard of 176B is smaller.
 _FILE_BYTES = 2**28
 _BARRIER_SECONDS = 1200  # for the slowest process to write and hash its share; as Orbax's own
+# Stacks of blocks below this key end in rows of zeros, as many as pipeline stages ask for: what a
+# mesh has too many of is dropped, and what it lacks is added.
+STACK = "blocks"
 _ALTERED = ("", "is missing", "cannot be read", "has another length", "has other bytes")
 
 PyTree = Any  # nested dictionaries with string keys
@@ -356,11 +360,14 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _read(path: Path, target: PyTree) -> PyTree:
-    args = ocp.args.PyTreeRestore(
-        item=target,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        partial_restore=True,
-    )
+    def loose(path: Any, args: ocp.ArrayRestoreArgs) -> ocp.ArrayRestoreArgs:
+        stacked = any(getattr(key, "key", None) == STACK for key in path)
+        return dataclasses.replace(args, strict=not stacked)
+
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    is_args = lambda leaf: isinstance(leaf, ocp.RestoreArgs)  # noqa: E731
+    restore_args = jax.tree_util.tree_map_with_path(loose, restore_args, is_leaf=is_args)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
     return ocp.Checkpointer(_handler()).restore(path, args=args)
 
 
@@ -397,7 +404,7 @@ def _leaves(tree: PyTree) -> dict[str, list[Any]]:
 def _check_leaves(path: Path, stored: dict[str, list[Any]], target: PyTree) -> None:
     wanted, groups = _leaves(target), set(target)
     for name in sorted(wanted.keys() | {n for n in stored if n.split(".")[0] in groups}):
-        if wanted.get(name) != stored.get(name):
+        if not _fits(name, stored.get(name), wanted.get(name)):
             expected, found = (
                 f"{leaf[0]}{leaf[1]}" if leaf else "nothing"
                 for leaf in (wanted.get(name), stored.get(name))
@@ -406,6 +413,13 @@ def _check_leaves(path: Path, stored: dict[str, list[Any]], target: PyTree) -> N
                 f"checkpoint {path}: expected {expected} at {name}, found {found}: use the "
                 "configuration that wrote it (nothing is cast on the way)"
             )
+
+
+def _fits(name: str, stored: list[Any] | None, wanted: list[Any] | None) -> bool:
+    """Whether one can be restored as the other: equal, or two stacks that end in other padding."""
+    if stored is None or wanted is None or f".{STACK}." not in f".{name}.":
+        return stored == wanted
+    return stored[0] == wanted[0] and stored[1][1:] == wanted[1][1:]
 
 
 def _verify(path: Path, manifest: dict[str, Any], leaves: set[str]) -> str:

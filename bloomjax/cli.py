@@ -109,11 +109,14 @@ def run(
     doc: str | None,
     argv: Sequence[str] | None = None,
     operands: Sequence[str] = (),
+    join: bool = True,
 ) -> NoReturn:
-    """Parse, run, and leave with the exit code that the README lists."""
+    """Join the processes of this run (if `join`), parse, run, and leave with the exit code that the
+    README lists."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        processes.start()
+        if join:
+            processes.start()
         with _log_on_stderr():
             main(parse(argv, define, doc or "", operands))
     except UserError as error:

@@ -125,6 +125,7 @@ class RunConfig:
     accumulation: int
     workers: int
     profile_step: int
+    watchdog: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +201,7 @@ def base_config(size: str = "560m") -> ConfigDict:
                 "accumulation": 1,  # microbatches a step
                 "workers": 0,  # processes that prepare batches; 0: threads of this one
                 "profile_step": 0,  # trace this step for TensorBoard or xprof; 0: never
+                "watchdog": 0,  # seconds without progress that end the run; 0: ten steps, 60 s
             },
         },
     )
@@ -308,7 +310,7 @@ def _check(config: Config) -> None:
     need(run.remat in ("none", "dots", "block"), "run.remat", "none, dots or block")
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "accumulation"):
         need(getattr(run, name) >= 1, f"run.{name}", "at least 1")
-    for name in ("eval_every", "workers", "profile_step"):
+    for name in ("eval_every", "workers", "profile_step", "watchdog"):
         need(getattr(run, name) >= 0, f"run.{name}", "0 or more")
 
 

@@ -99,27 +99,29 @@ def compile_best(
     """The best few candidates compiled, or with `several` false, down to the first that fits; and
     what the compiler last refused for want of memory.
 
-    Where it needs more than the count said, candidates that leave no room for that are passed by.
+    Where it needs more than the count said, candidates that recompute as much, and leave no room
+    for that, are passed by.
     """
     plans: list[Plan] = []
-    refused, tries, excess = None, 0, 1.0
+    refused, tries, excess = None, 0, dict.fromkeys(search.REMAT, 1.0)
     for candidate in candidates:
-        estimate = candidate.estimate
+        estimate, remat = candidate.estimate, candidate.config.run.remat
         if tries == COMPILED or (plans and plans[-1].fits and not several):
             break
-        if tries and excess * estimate.memory_bytes > estimate.machine.capacity:
+        if tries and excess[remat] * estimate.memory_bytes > estimate.machine.capacity:
             continue
         tries += 1
         _say(f"compiling {_layout(candidate.config)} for {target}: this takes some minutes")
         try:
             program = aot.compile_step(candidate.config, devices)
         except DoesNotFitError as error:
-            refused, excess = error, 1.05 * excess
+            refused = error
+            excess[remat] *= 1.05
             _say(f"{error}")
             continue
         plans.append(Plan(target, candidate.config, program, estimate, candidate.note))
         need = program.memory.total
-        excess = max(excess, need / estimate.memory_bytes)
+        excess[remat] = max(excess[remat], need / estimate.memory_bytes)
         _say(f"  {_gb(need)} a device, {_gb(estimate.memory_bytes)} by count")
         for line in program.involuntary:
             _say(f"  a defect of ours, resharding through a full copy: {line}")

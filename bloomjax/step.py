@@ -188,3 +188,10 @@ def batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
     A = config.run.accumulation
     rows = -(-config.data.batch_size // A)
     return A, -(-rows // pieces) * pieces
+
+
+def eval_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """(A, B) of an evaluation's batches: microbatches only where they fill a pipeline."""
+    A, B = batch_shape(config, mesh)
+    with jax.set_mesh(mesh):
+        return (A if split_of("L") > 1 else 1), B

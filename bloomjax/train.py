@@ -10,7 +10,8 @@ import math
 import shlex
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ from bloomjax.step import (
     TrainState,
     abstract_state,
     batch_shape,
+    eval_shape,
     eval_step,
     init_state,
     start_from,
     train_step,
 )
+from bloomjax.watchdog import Watchdog
 
 # Steps in a row without a finite gradient after which a run gives up.
 PATIENCE = 3
@@ -64,11 +67,18 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> None:
     """The run of `workdir`, which it has for itself."""
     keep = config.run.keep_checkpoints
     with closing(Checkpoints(workdir / "checkpoints", keep)) as checkpoints:
-        continue_run(config, workdir, mesh, prepare_run(config, workdir), checkpoints)
+        prepared = prepare_run(config, workdir)
+        with Watchdog(config.run.watchdog) as watchdog:
+            continue_run(config, workdir, mesh, prepared, checkpoints, watchdog)
 
 
 def continue_run(
-    config: Config, workdir: Path, mesh: Mesh, prepared: Prepared, checkpoints: Checkpoints
+    config: Config,
+    workdir: Path,
+    mesh: Mesh,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+    watchdog: Watchdog,
 ) -> None:
     """From where the run stands to `optim.steps`."""
     run, steps = config.run, config.optim.steps
@@ -101,11 +111,11 @@ def continue_run(
         steps=steps,
         workers=run.workers,
     )
-    evaluation = Evaluation(config, prepared, mesh, B)
+    evaluation = Evaluation(config, prepared, mesh, watchdog)
 
     # ---- the loop ---------------------------------------------------------------------------
     reporter = Reporter(config, metrics, first)
-    with stop, closing(metrics), closing(batches):
+    with stop, closing(metrics), closing(batches), resume_told(metrics):
         for done, batch in enumerate(batches, first + 1):
             if done == run.profile_step:
                 jax.profiler.start_trace(str(workdir / "profile"))
@@ -116,6 +126,7 @@ def continue_run(
             count = ramp(done - 1)[1]
             state, report = train_step(config, state, placed, np.int32(count))
             reporter.step(done, report)  # of the step before: this one is still running
+            watchdog.step(done)
 
             stopping = stop.now(done)
             save = done % run.checkpoint_every == 0 or done == steps or stopping
@@ -129,12 +140,15 @@ def continue_run(
                 metrics.write({"step": done} | record)
                 metrics.say("held out:" + "".join(f"  {k} {v:.4f}" for k, v in record.items()))
             if save:
+                watchdog.begin(f"saving step {done}", slow=True)
                 checkpoints.save(done, state.as_tree(), meta | {"samples": int(state.samples)})
                 saved = done
             if not reporter.waiting:
                 reporter.restart_clock()
+                watchdog.begin(f"step {done + 1}")
             if stopping:
                 break
+        watchdog.begin(f"saving step {saved}", slow=True)
         checkpoints.wait()
     if saved < steps:
         metrics.say(f"stopped after step {saved}; to resume:\n  {command()}")
@@ -224,15 +238,20 @@ def whole(folder: Path, meta: dict[str, Any]) -> Prepared | None:
 class Evaluation:
     """Loss over all held-out documents, each by itself; false if there are none."""
 
-    def __init__(self, config: Config, prepared: Prepared, mesh: Mesh, rows: int):
-        self._config, self._split = config, prepared.heldout
+    def __init__(self, config: Config, prepared: Prepared, mesh: Mesh, watchdog: Watchdog):
+        self._config, self._split, self._watchdog = config, prepared.heldout, watchdog
+        self._compiled = False
         if not self._split:
             return
         T = config.data.sequence_length
-        self._shape = (rows, T)
-        self._layout = NamedSharding(mesh, sharding.act("BT"))
-        mine = sharding.rows_of_this_process(self._layout, self._shape, dim=0)
-        self._batches = heldout_batches(prepared, sequence_length=T, rows_per_batch=rows, rows=mine)
+        A, B = eval_shape(config, mesh)
+        self._shape = A, B, T
+        self._layout = NamedSharding(mesh, sharding.act("ABT"))
+        self._mine = sharding.rows_of_this_process(self._layout, self._shape, dim=1)
+        rows = [a * B + b for a in range(A) for b in self._mine]
+        self._batches = heldout_batches(
+            prepared, sequence_length=T, rows_per_batch=A * B, rows=rows
+        )
 
     def __bool__(self) -> bool:
         return self._split is not None
@@ -241,12 +260,17 @@ class Evaluation:
         assert self._split
         nats = 0.0
         for local in self._batches:
+            self._watchdog.begin("evaluation", slow=not self._compiled)
+            A, _, T = self._shape
             batch = {
-                name: jax.make_array_from_process_local_data(self._layout, a, self._shape)
+                name: sharding.from_rows(
+                    a.reshape(A, -1, T), self._mine, self._shape, self._layout, dim=1
+                )
                 for name, a in local.items()
             }
             # Waiting for each keeps collectives of several in one order: CPU has no stream.
             nats += float(eval_step(self._config, params, batch))
+            self._compiled = True
         record = {"eval_loss": nats / self._split.tokens}
         if self._split.bytes:
             record["eval_bits_per_byte"] = nats / math.log(2) / self._split.bytes
@@ -344,6 +368,16 @@ def describe(config: Config, mesh: Mesh, prepared: Prepared, state: TrainState) 
         f"data: {prepared.train.tokens:,} tokens in {prepared.train.documents:,} documents"
         f"{heldout}; {config.data.batch_size} x {config.data.sequence_length} tokens a step"
     )
+
+
+@contextmanager
+def resume_told(metrics: Metrics) -> Iterator[None]:
+    """Whatever goes wrong inside, the command that resumes is told."""
+    try:
+        yield
+    except Exception:
+        metrics.say(f"to resume from the last checkpoint:\n  {command()}")
+        raise
 
 
 def command() -> str:

@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from bloomjax_convert import __main__ as convert
 
-from bloomjax import cli, generate, train
+from bloomjax import cli, doctor, generate, train
 from bloomjax.config import Config
 from bloomjax.sharding import AXES
 
@@ -33,6 +33,7 @@ ROOMS = [
     {""},  # the package itself: what `import bloomjax` offers
     {"source"},
     {"decode", "step"},
+    {"pipeline"},
     {"formats"},
     {"loss", "optim", "data", "checkpoint"},
     {"model"},
@@ -40,8 +41,9 @@ ROOMS = [
     {"kernels"},
     {"parallel"},
     {"sharding"},
+    {"watchdog"},
     {"metrics", "processes", "manifests"},
-    {"machines"},
+    {"machines", "cluster"},
     {"config"},
     {"errors"},
 ]
@@ -141,7 +143,7 @@ def test_config_fields() -> None:
         "epsilon weight_decay clip_norm ramp_start ramp_increment ramp_samples",
         "mesh": "stage data fsdp sequence tensor",
         "run": "seed log_every eval_every checkpoint_every keep_checkpoints remat accumulation "
-        "workers profile_step",
+        "workers profile_step watchdog",
     }
 
 
@@ -154,6 +156,7 @@ def test_config_fields() -> None:
             "model prompt prompt_ids max_new_tokens temperature top_k top_p seed dtype stream "
             "verbose json",
         ),
+        (doctor.define, "workdir json"),
         (convert.define, "src dst to dtype tp pp gguf_type verify dry_run"),
     ],
 )

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import trial
-from trial import ROOT, Trial, arrays, ended, metrics, refused, saved, steps, until
+from trial import ROOT, TINY, Trial, arrays, ended, metrics, refused, saved, steps, until
 
 from bloomjax import cli, train
 from bloomjax.checkpoint import restore
@@ -191,7 +191,9 @@ def test_when_one_of_two_dies_the_other_leaves(runs: Trial, tmp_path: Path) -> N
     children[1].kill()
     survivor, _ = ended(children, 20)
     assert survivor.code == 6, survivor
-    assert survivor.err.splitlines()[-1].startswith("bloomjax: "), survivor.err
+    *_, told, resume, last = survivor.err.splitlines()
+    assert last.startswith("bloomjax: ") and "to resume" in told, survivor.err
+    assert f"python -m bloomjax.train --config={TINY} --workdir={tmp_path}" in resume
 
 
 def test_what_process_0_refuses_is_the_last_thing_said(

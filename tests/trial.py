@@ -98,11 +98,13 @@ class Trial:
         return all_ended
 
 
-def inside(entry: ModuleType, argv: Sequence[str], capfd: pytest.CaptureFixture[str]) -> Ended:
+def inside(
+    entry: ModuleType, argv: Sequence[str], capfd: pytest.CaptureFixture[str], join: bool = True
+) -> Ended:
     """A command line in this very process, for what ends before it is worth one of its own."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as left:
-        cli.run(entry.main, entry.define, entry.__doc__, argv)
+        cli.run(entry.main, entry.define, entry.__doc__, argv, join=join)
     return Ended(left.value.code, *capfd.readouterr())  # type: ignore[arg-type]
 
 

@@ -77,6 +77,12 @@ def leaf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
     return (*layers, *(config.sizes[a] for a in row.ours))
 
 
+def _unpadded(name: str, shape: list[int], layers: int) -> tuple[int, ...]:
+    """A run on pipeline stages leaves stacks that end in rows of zeros, fewer than there are."""
+    padded = f".{checkpoint.STACK}." in name and layers < shape[0] < 2 * layers
+    return (layers, *shape[1:]) if padded else tuple(shape)
+
+
 class OrbaxReader:
     """The newest whole step of a run (its folder, its `checkpoints`, or the step's own folder).
 
@@ -93,7 +99,11 @@ class OrbaxReader:
         kinds = [kind for kind in tensors.KINDS if f"{kind}.embed" in leaves] or [PARAMS]
         tensors.check_tensors(
             self._path,
-            {n: tuple(leaf[1]) for n, leaf in leaves.items() if n.startswith(tuple(kinds))},
+            {
+                n: _unpadded(n, leaf[1], self.config.layers)
+                for n, leaf in leaves.items()
+                if n.startswith(tuple(kinds))
+            },
             {f"{k}.{row.path}": leaf_shape(row, self.config) for k in kinds for row in TABLE},
         )
         names = [f"{kind}.{row.path}" for kind in kinds for row in TABLE]
