@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from bloomjax import hlo, machines, step
+from bloomjax import machines, step
 from bloomjax.config import Config
+from bloomjax.counts import Counts, count
 from bloomjax.errors import ConfigError, DoesNotFitError
 from bloomjax.sharding import act, check_divides, make_mesh
 
@@ -128,7 +129,7 @@ class Program:
     batch: tuple[int, int, int]  # A, B, T
     seconds: float  # of lowering and compiling
     memory: Memory
-    counts: hlo.Counts
+    counts: Counts
     involuntary: tuple[str, ...]  # lines of the log that tell of resharding by way of a full copy
 
 
@@ -188,9 +189,9 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> Program:
         code=told.generated_code_size_in_bytes,
     )
     sizes = dict(mesh.shape)
-    counts = hlo.count(text, sizes, part, unknown_trips=shape[0])
+    found = count(text, sizes, part, unknown_trips=shape[0])
     lines = {line for line in log if "Involuntary full remat" in line}
-    return Program(sizes, shape, seconds, memory, counts, tuple(sorted(lines)))
+    return Program(sizes, shape, seconds, memory, found, tuple(sorted(lines)))
 
 
 def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str | None]:

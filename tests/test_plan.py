@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from bloomjax import aot, cli, cost, hlo, machines, plan, search
+from bloomjax import aot, cli, cost, counts, machines, plan, search
 from bloomjax.config import Config, base_config, freeze
 from bloomjax.errors import ConfigError
 
@@ -220,7 +220,7 @@ def test_a_plan_goes_on_until_a_layout_fits(monkeypatch: Any) -> None:
         name = names[[c.config is config for c in candidates].index(True)]
         compiled.append(name)
         memory = aot.Memory(0, 0, 0, int(1.1 * sizes[name] * machine.capacity), 0, 0)
-        return aot.Program({}, (1, 1, 1), 0.0, memory, hlo.Counts(), ())
+        return aot.Program({}, (1, 1, 1), 0.0, memory, counts.Counts(), ())
 
     monkeypatch.setattr(aot, "compile_step", compile_step)
     target = aot.target("gpu-h200:8")

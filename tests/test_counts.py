@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from bloomjax import hlo
+from bloomjax import counts
 
 AXES = {"a": 2, "b": 2, "c": 2}
 
@@ -41,7 +41,7 @@ def test_bytes_of_collectives_in_nested_loops() -> None:
         return jax.lax.ppermute(jnp.sin(x), "c", [(0, 1), (1, 0)])
 
     size = 64 * 16 * 4
-    found = hlo.count(compiled(repeated(outer, 3), (64, 16)), AXES)
+    found = counts.count(compiled(repeated(outer, 3), (64, 16)), AXES)
     assert found.collectives == {
         ("all-reduce", "a"): 15 * size,  # 2 (n - 1) / n of it
         ("all-gather", "b+c"): 15 * 3 * size,
@@ -58,7 +58,7 @@ def test_flops_by_part_in_loops() -> None:
         return jnp.sin(jnp.einsum("AC,CB->AB", scores_AC, x_AB))
 
     text = compiled(repeated(layer, 7), (32, 48))
-    found = hlo.count(text, AXES, lambda name: "second" if "AC,CB" in name else "first")
+    found = counts.count(text, AXES, lambda name: "second" if "AC,CB" in name else "first")
     assert found.flops == {"first": 7 * 2 * 32 * 32 * 48, "second": 7 * 2 * 32 * 32 * 48}
 
 
@@ -70,8 +70,8 @@ def test_bytes_through_memory_are_of_what_is_sliced() -> None:
         return jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), start, stack)[0]
 
     layer = 256 * 256 * 4
-    once = hlo.count(compiled(f, (4, 256, 256)), AXES).memory
-    twice = hlo.count(compiled(f, (8, 256, 256)), AXES).memory
+    once = counts.count(compiled(f, (4, 256, 256)), AXES).memory
+    twice = counts.count(compiled(f, (8, 256, 256)), AXES).memory
     assert 3 * layer <= (twice - once) / 4 <= 9 * layer
 
 
@@ -80,7 +80,7 @@ def test_a_loop_whose_limit_is_computed() -> None:
         limit = x[0, 0].astype(jnp.int32)
         return jax.lax.fori_loop(0, limit, lambda i, x: jax.lax.psum(jnp.sin(x), "a"), x)
 
-    found = hlo.count(compiled(f, (8, 8)), AXES, unknown_trips=11)
+    found = counts.count(compiled(f, (8, 8)), AXES, unknown_trips=11)
     assert found.calls["all-reduce", "a"] == 11
 
 
@@ -88,7 +88,7 @@ def test_the_dearest_branch_counts() -> None:
     def f(x: jax.Array) -> jax.Array:
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
-    assert hlo.count(compiled(f, (16, 16)), AXES).flops == {"all": 2 * 2 * 16**3}
+    assert counts.count(compiled(f, (16, 16)), AXES).flops == {"all": 2 * 2 * 16**3}
 
 
 SHAPE = 16, 8
@@ -138,7 +138,7 @@ def test_random_programs(parts: list[tuple[str, str, int, int]]) -> None:
         size = 4 * math.prod(SHAPE) * COLLECTIVES[kind][1](n)
         sent[kind, axes] = sent.get((kind, axes), 0) + times * size
         flops += times * products * 2 * SHAPE[0] * SHAPE[1] ** 2
-    found = hlo.count(compiled(f, SHAPE, (SHAPE[1], SHAPE[1])), AXES)
+    found = counts.count(compiled(f, SHAPE, (SHAPE[1], SHAPE[1])), AXES)
     assert found.collectives == sent
     assert sum(found.flops.values()) == flops
 
@@ -168,7 +168,7 @@ ENTRY %main (x: f32[10]) -> f32[10] {{
   ROOT %y = f32[10]{{0}} {kind}(%x), channel_id=1, {groups}, use_global_device_ids=true
 }}
 """
-    assert list(hlo.count(text, AXES).by_axis()) == [GROUPS[groups]]
+    assert list(counts.count(text, AXES).by_axis()) == [GROUPS[groups]]
 
 
 # As libtpu writes them: a batched product, a reduce-scatter, a loop without its trip count, an
@@ -211,7 +211,7 @@ condition=%condition, body=%body
 
 
 def test_what_tpus_write() -> None:
-    found = hlo.count(TPU, AXES)
+    found = counts.count(TPU, AXES)
     assert found.flops == {"all": 7 * 2 * 2 * 4 * 512 * 512 * 64}
     assert found.collectives == {("reduce-scatter", "c"): 7 * 8 * 128 * 2 / 2}
     assert found.memory == 7 * 4 * 128 * 2  # all else is in vector memory
