@@ -242,11 +242,11 @@ def report(plan: Plan) -> list[str]:
         f"  {'total':<22}{_gb(memory.total):>14} of {_gb(estimate.machine.capacity)}: {verdict}",
         f"  (temporaries by count: {guessed})",
         "",
-        f"{'work of a device in a step':<24}{'compiled':>16}{'by count':>18}",
+        f"{'work of a device in a step':<34}{'compiled':>16}{'by count':>18}",
     ]
 
     def row(name: str, compiled: str, counted: str = "") -> str:
-        return f"  {name:<22}{compiled:>16}{counted:>18}".rstrip()
+        return f"  {name:<32}{compiled:>16}{counted:>18}".rstrip()
 
     if config.model.layers % program.mesh["stage"]:
         lines.append(
