@@ -18,6 +18,8 @@ from bloomjax.software import OURS, Software
 from bloomjax.traffic import Layout
 
 REMAT = ("none", "dots", "block")
+# A batch other than the one that was asked for has to be this much faster.
+RELUCTANCE = 0.01
 # Rows of a microbatch on a device that are tried: more only lengthen a pipeline's bubble.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 
@@ -33,6 +35,7 @@ def search(
     config: Config, machine: Machine, devices: int, software: Software = OURS
 ) -> list[Candidate]:
     """All layouts that fit, fastest first: by tokens a second, as batches may differ a little.
+    One with another batch than was asked for ranks as if it were a hundredth slower.
 
     DoesNotFitError if none does, with how much memory the smallest needs.
     """
@@ -49,7 +52,11 @@ def search(
             f"{machine.capacity / 1e9:.0f} GB a device, found {smallest / 1e9:.0f} GB at least: "
             "take more devices, or a smaller model or batch"
         )
-    return sorted(found, key=lambda candidate: -candidate.estimate.tokens_per_second)
+
+    def rank(candidate: Candidate) -> float:
+        return candidate.estimate.tokens_per_second * (1 - RELUCTANCE * bool(candidate.note))
+
+    return sorted(found, key=rank, reverse=True)
 
 
 def _fitting(

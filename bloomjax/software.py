@@ -43,12 +43,15 @@ class Software:
     launches: float  # seconds between the kernels of a layer and a microbatch, in all
 
 
-# XLA fuses what is elementwise. Stream: two norms (2 + 2 and, backward, 8 + 4 for the sums of their
-# scales' gradients), two sums with a bias (4 + 2). Scores are float32 in memory, chunk by chunk:
-# written by the product (4), read by the softmax twice (8), written and read as bfloat16 (2 + 2);
-# backward they are made again and four products read or write them. Weights inside a pipeline: a
-# slice of the stack is copied for each of two passes (8), a gradient is written (2) and added (10).
-# Some 80 kernels a layer, 1.5 us apart (Hazy Research measured 1.3 us in CUDA graphs on an H100).
+# Counted in the text of the step that XLA compiles for an H200 (the width of 7b1, two and four
+# layers, 16 and 32 heads, "dots"): 59 bytes a score, and 370 a token, layer and unit of width
+# beside scores and products; their split is by reasoning. Stream: two norms, whose float32 passes
+# are not all one, and two sums with a bias. Q, k, v: transposes for the batched products, and
+# gradients of the chunks' keys, padded and added. Scores are float32 in memory, chunk by chunk:
+# written by the product, read by the softmax, written and read as bfloat16; backward they are made
+# again, and four products read or write them. Weights inside a pipeline: a slice of the stack is
+# copied for each of two passes (8), a gradient is written (2) and added (10). Some 80 kernels a
+# layer, 1.5 us apart (Hazy Research measured 1.3 us in CUDA graphs on an H100).
 OURS = Software(
     name="bloomjax",
     split_stream=True,
@@ -57,10 +60,10 @@ OURS = Software(
     slots=True,
     spreads_head=True,
     reruns_all=False,
-    stream=Traffic(20, 28, 14),
-    ffn=Traffic(4, 8, 4),
-    qkv=Traffic(4, 6, 4),
-    scores=Traffic(16, 36, 16),
+    stream=Traffic(24, 40, 20),
+    ffn=Traffic(6, 12, 6),
+    qkv=Traffic(17, 36, 10),
+    scores=Traffic(18, 41, 18),
     chunk=CHUNK,
     attention_share=0.7,
     logits=14,
@@ -71,9 +74,14 @@ OURS = Software(
     launches=80 * 1.5e-6,
 )
 
-# The same where a flash kernel keeps scores on the chip: what `attention` does not do yet.
+# The same where a flash kernel keeps scores on the chip, reads q, k, v as they lie and skips keys
+# in blocks of 128: what `attention` does not do yet.
 FLASH = dataclasses.replace(
-    OURS, name="bloomjax with a flash kernel", scores=Traffic(0, 0, 0), chunk=128
+    OURS,
+    name="bloomjax with a flash kernel",
+    qkv=Traffic(4, 6, 4),
+    scores=Traffic(0, 0, 0),
+    chunk=128,
 )
 
 # Megatron-DeepSpeed of early 2022 (megatron/model/transformer.py; deepspeed/runtime/pipe/engine.py

@@ -34,8 +34,7 @@ ROOMS = [
     {""},  # the package itself: what `import bloomjax` offers
     {"source"},
     {"decode", "step"},
-    {"pipeline"},
-    {"formats"},
+    {"pipeline", "formats"},
     {"loss", "optim", "data", "checkpoint"},
     {"model"},
     {"attention"},
@@ -44,7 +43,8 @@ ROOMS = [
     {"sharding"},
     {"watchdog"},
     {"metrics", "processes", "manifests"},
-    {"machines", "cluster"},
+    {"machines"},
+    {"cluster"},
     {"config"},
     {"errors"},
 ]

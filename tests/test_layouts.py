@@ -158,7 +158,7 @@ def train(layout: str, steps: int = 3) -> tuple[Any, ...]:
     """Losses, what an evaluation finds afterwards, parameters, checksums."""
     cfg = config(layout, accumulation=microbatches(layout))
     with jax.set_mesh(mesh := mesh_of(layout)):
-        state = step.start_from(start(cfg, mesh))
+        state = step.init_state(cfg)
         losses, checksums = [], []
         for seed in range(steps):
             batch = batch_of(cfg, mesh, seed)
