@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from bloomjax.attention import Dropout, attend
 from bloomjax.config import ModelConfig
 from bloomjax.parallel import dropout, lookup, product, use
-from bloomjax.sharding import act, scannable, stack_rows, stream, weight
+from bloomjax.sharding import act, on_cpu, scannable, stack_rows, stream, weight
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Params = dict[str, Any]  # a nested dictionary of arrays, as `abstract_params` shapes it
@@ -30,7 +30,7 @@ Params = dict[str, Any]  # a nested dictionary of arrays, as `abstract_params` s
 def compute_dtype(config: ModelConfig) -> Any:
     """float32 on CPU, where bfloat16 products are slow; bfloat16 elsewhere; or as configured."""
     if config.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if on_cpu() else jnp.bfloat16
     return jnp.dtype(config.dtype)
 
 

@@ -17,6 +17,7 @@ import optax
 
 from bloomjax.config import Config, OptimConfig
 from bloomjax.model import Params
+from bloomjax.sharding import on_cpu
 
 
 def learning_rate(config: OptimConfig, samples: jax.Array) -> jax.Array:
@@ -102,7 +103,7 @@ def adamw(
     count = moments.count + apply
     mu = jax.tree.map(first, moments.mu, gradients)
     nu = jax.tree.map(second, moments.nu, gradients)
-    if jax.default_backend() == "cpu":
+    if on_cpu():
         # XLA:CPU fuses one output at a time: it would form each moment again for the parameters,
         # and copy the old ones aside first. GPU and TPU write all three in one pass.
         mu, nu = jax.lax.optimization_barrier((mu, nu))

@@ -112,8 +112,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     kinds = (AxisType.Explicit,) * len(AXES)
     slices = len({getattr(d, "slice_index", 0) for d in devices})
+    # A logical axis may be a part of one of a TPU's torus: 4 x 128 on 8 x 8 x 8.
     if devices[0].platform != "tpu" or slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
+        grid = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+        return Mesh(grid, AXES, axis_types=kinds)
     across, left = {}, slices
     for axis, size in sizes.items():
         across[axis] = math.gcd(size, left) if axis in ("stage", "data", "fsdp") else 1
@@ -124,8 +128,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{slices} together, so that no other axis leaves a slice"
         )
     within = tuple(sizes[axis] // across[axis] for axis in AXES)
-    grid = mesh_utils.create_hybrid_device_mesh(within, tuple(across.values()), devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        within, tuple(across.values()), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=kinds)
+
+
+def on_cpu() -> bool:
+    """Whether the current mesh is of CPUs; that need not be the default backend, when a program is
+    compiled for devices that are not there."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"
 
 
 _SIZES = {"D": "width", "N": "heads", "F": "ffn width", "V": "vocabulary", "T": "sequence length"}

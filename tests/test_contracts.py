@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from bloomjax_convert import __main__ as convert
 
-from bloomjax import cli, doctor, generate, train
+from bloomjax import cli, doctor, generate, plan, train
 from bloomjax.config import Config
 from bloomjax.sharding import AXES
 
@@ -23,9 +23,10 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # From the top to the bottom: a room imports only from rooms below its own, and from its own.
 ROOMS = [
     {"train", "generate", "evaluate", "serve", "doctor", "plan"},
-    {"cli"},
+    {"cli", "picture"},
     {"aot"},
-    {"search"},
+    {"search", "counts"},
+    {"hlo"},
     {"cost"},
     {"timing"},
     {"traffic"},
@@ -157,6 +158,7 @@ def test_config_fields() -> None:
             "verbose json",
         ),
         (doctor.define, "workdir json"),
+        (plan.define, "config target search plot json set"),
         (convert.define, "src dst to dtype tp pp gguf_type verify dry_run"),
     ],
 )
