@@ -258,7 +258,7 @@ def test_four_processes_compute_what_one_does(alone: tuple[float, Any]) -> None:
         ("stage 8", "10 layers leave one of mesh.stage = 8 without any", "stage 4"),
         (
             "sequence 5",
-            "sequence length (T = 16) does not divide over mesh.sequence = 5",
+            "width (D = 32) does not divide over mesh.sequence = 5",
             "stage 5",
         ),
         ("fsdp 6", "width (D = 32) does not divide over mesh.fsdp = 6", "data 3"),
