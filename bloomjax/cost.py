@@ -150,7 +150,7 @@ def memory(layout: Layout) -> dict[str, float]:
     wide = layout.tokens * layout.D / layout.tensor * c
     kept = (
         stream
-        + {"block": 0, "dots": stream + 7 * wide, "none": 8 * stream + 18 * wide}[layout.remat]
+        + {"block": 0, "dots": stream + 9 * wide, "none": 8 * stream + 50 * wide}[layout.remat]
     )
     if S == 1:
         # Two layers' weights are gathered at once, so that one hides behind the other.

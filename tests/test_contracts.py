@@ -5,6 +5,7 @@ import configparser
 import dataclasses
 import functools
 import itertools
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import pytest
 from absl import flags
 from bloomjax_convert import __main__ as convert
 
-from bloomjax import cli, doctor, generate, plan, train
-from bloomjax.config import Config
+from bloomjax import aot, cli, cost, doctor, generate, machines, plan, train
+from bloomjax.config import Config, freeze
 from bloomjax.sharding import AXES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,6 +184,18 @@ def test_shipped_configs(path: Path) -> None:
 
 def test_there_are_configs() -> None:
     assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_fits_its_target(path: Path) -> None:
+    """By count; the compiler's own figures are in benchmarks/results/plans-*.json."""
+    file = runpy.run_path(str(path))
+    if "TARGET" not in file:
+        return
+    target, config = aot.target(file["TARGET"]), freeze(file["get_config"]())
+    found = cost.estimate(config, machines.machine(target.kind), target.devices)
+    assert found.fits and found.padding == 0
+    assert f"--target={target}" in path.read_text()
 
 
 def test_overrides_are_typed() -> None:
