@@ -94,6 +94,8 @@ def meshes(config: Config, machine: Machine, devices: int) -> Iterator[MeshConfi
         empty = -L % sizes["stage"]
         if inner > machine.node or T % inner or sizes["sequence"] > 8:
             continue  # else a product would move more than it computes
+        if machine.torus and config.model.width % (8 * sizes["fsdp"] * sizes["sequence"]):
+            continue  # libtpu all-reduces what does not gather in rows of eight: twice the bytes
         if empty in (0, 2) and not any(faults(config.model, sizes, T)):
             yield MeshConfig(**sizes)
 

@@ -17,6 +17,6 @@ TARGET = "tpu-v5p:8x8x8"  # of the plan in benchmarks/results/
 
 def get_config() -> ConfigDict:
     config = base_config("176b")
-    config.mesh.update(fsdp=512)
+    config.mesh.update(fsdp=256, tensor=2)
     config.run.update(accumulation=4, remat="dots")
     return config
