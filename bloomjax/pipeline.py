@@ -162,9 +162,12 @@ class _Stage:
         `total_VD` plus that by the embedding; with a scalar `total_VD`, the loss alone."""
         targets, weights = self.batch["targets"][m], self.batch["weights"][m]
         if self.spare:
-            none = jnp.float32(0), (jnp.zeros_like(y_BRD), *self._no_norm()), total_VD
-            run = lambda: self._head(y_BRD, targets, weights, total_VD)  # noqa: E731
-            return jax.lax.cond(self.last, run, lambda: none)
+            nothing = jnp.float32(0), (jnp.zeros_like(y_BRD), *self._no_norm()), total_VD
+
+            def run() -> Any:
+                return self._head(y_BRD, targets, weights, total_VD)
+
+            return jax.lax.cond(self.last, run, lambda: nothing)
         B, R, D = y_BRD.shape
         flat = jnp.where(self.last, y_BRD, 0).reshape(B * R, D)
         each = -(-B * R // self.stages)
