@@ -152,7 +152,7 @@ def overrides(config: Config) -> str:
     mesh = {f.name: getattr(config.mesh, f.name) for f in dataclasses.fields(MeshConfig)}
     chosen: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
     chosen |= {"run.remat": config.run.remat, "run.accumulation": config.run.accumulation}
-    chosen["data.batch_size"] = config.data.batch_size
+    chosen |= {"data.batch_size": config.data.batch_size, "optim.steps": config.optim.steps}
     return " ".join(f"--config.{key}={value}" for key, value in chosen.items())
 
 

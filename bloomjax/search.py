@@ -115,7 +115,9 @@ def batches(config: Config, mesh: MeshConfig) -> Iterator[tuple[int, int]]:
 
 
 def _candidate(config: Config, mesh: MeshConfig, batch: int, n: int, remat: str) -> Config:
-    optim = config.optim
+    # As many samples as asked for, since the schedule counts them.
+    steps = math.ceil(config.optim.steps * config.data.batch_size / batch)
+    optim = dataclasses.replace(config.optim, steps=steps)
     if optim.ramp_start >= batch:
         optim = dataclasses.replace(optim, ramp_start=0)
     elif optim.ramp_start:  # its rungs have to reach this batch

@@ -21,6 +21,7 @@ TARGET = "gpu-h200:48x8"  # of the plan in benchmarks/results/
 def get_config() -> ConfigDict:
     config = base_config("176b")
     config.data.batch_size = 2016
+    config.optim.steps = 117_143  # as many samples
     config.mesh.update(data=3, fsdp=32, tensor=4)
     config.run.update(accumulation=7, remat="dots")
     return config
