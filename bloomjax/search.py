@@ -81,11 +81,6 @@ def _fitting(
     return found, smallest
 
 
-def best_mesh(config: Config, machine: Machine, devices: int) -> Candidate:
-    """What a plan takes where no mesh is given."""
-    return search(config, machine, devices)[0]
-
-
 def meshes(config: Config, machine: Machine, devices: int) -> Iterator[MeshConfig]:
     """Those that divide devices and model, with tensor and sequence inside a node (or a slice)."""
     L, T = config.model.layers, config.data.sequence_length

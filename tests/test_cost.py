@@ -18,7 +18,7 @@ from bloomjax.config import SIZES, Config, MeshConfig, base_config, freeze
 from bloomjax.cost import Estimate, estimate, flops, memory
 from bloomjax.errors import ConfigError, DoesNotFitError
 from bloomjax.machines import machine, machines
-from bloomjax.search import best_mesh, search
+from bloomjax.search import search
 from bloomjax.software import FLASH, MEGATRON, OURS
 from bloomjax.timing import layers_of_stages, product_seconds
 from bloomjax.traffic import Layout, collectives, rate_of, torus_shape
@@ -366,7 +366,6 @@ def test_search(size: str, name: str, devices: int) -> None:
     for noted in (True, False):
         speeds = [one.estimate.tokens_per_second for one in found if bool(one.note) == noted]
         assert speeds == sorted(speeds, reverse=True)
-    assert best_mesh(asked, known, devices).config == found[0].config
     for one in found[:: len(found) // 20]:
         cost, mesh, sizes = one.estimate, one.config.mesh, one.config.model.sizes
         assert cost.fits and cost.layout.devices == devices and cost.padding == 0
