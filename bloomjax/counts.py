@@ -93,6 +93,8 @@ _FREE = {
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain", "reshape"),
 }
 _VIEWS = {"bitcast", "reshape", "convert", "copy", "transpose"}
+# Where an array that is updated in place is the first operand: which one the update is.
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 
 Known = Callable[[int], int | None]  # the number at a place of a tuple, if it is known
 
@@ -236,8 +238,8 @@ class _Walk:
             return reads + self._written(called, op.outputs)
         if op.code in ("slice", "dynamic-slice", "gather"):
             return 2 * _in_memory(op.outputs)
-        if op.code == "dynamic-update-slice":
-            return 2 * operands[1]
+        if op.code in _IN_PLACE:
+            return 2 * operands[_IN_PLACE[op.code]]
         if op.code.endswith("-start"):  # its output lists its operand again
             return 2 * sum(operands)
         return sum(operands) + _in_memory(op.outputs)
@@ -261,7 +263,7 @@ class _Walk:
                     inner = self.computations[user.called("calls")[0]]
                     places = [i for i, n in enumerate(user.operands) if n == name]
                     total += sum(self._read(inner, i, whole) for i in places)
-                elif not (user.code == "dynamic-update-slice" and first):
+                elif not (user.code in _IN_PLACE and first):
                     return whole
         return min(whole, total)
 
@@ -275,8 +277,9 @@ class _Walk:
         for root, output in zip(roots, outputs, strict=True):
             while root.code in _VIEWS:
                 root = fused.ops[root.operands[0]]
-            if root.code == "dynamic-update-slice":
-                total += fused.ops[root.operands[1]].outputs[0].bytes * output.in_memory
+            if root.code in _IN_PLACE:
+                update = root.operands[_IN_PLACE[root.code]]
+                total += fused.ops[update].outputs[0].bytes * output.in_memory
             elif root.code == "fusion" and not tuple_root:
                 total += self._written(self.computations[root.called("calls")[0]], outputs)
             else:
