@@ -11,8 +11,21 @@ import jax
 import jax.numpy as jnp
 
 
+class Features(NamedTuple):
+    """Static for the compiler: what any request needs."""
+
+    draws: bool = False
+
+    @classmethod
+    def of(cls, sampling):
+        return cls(sampling.temperature > 0)
+
+    def __or__(self, other: "Features") -> "Features":  # type: ignore[override]
+        return Features(*(a or b for a, b in zip(self, other, strict=True)))
+
+
 class Sampling(NamedTuple):
-    """Static for the compiler. Temperature 0 is greedy; top_k 0 and top_p 1 filter nothing."""
+    """Temperature 0 is greedy; top_k 0 and top_p 1 filter nothing."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -38,15 +51,21 @@ def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     return logits_BV
 
 
-def choose(
-    logits_BV: jax.Array, sampling: Sampling, seeds_B: jax.Array, positions_B: jax.Array
-) -> jax.Array:
-    """The next token of each row, int32 [B]; `positions_B` is where it will stand."""
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+class Settings(NamedTuple):
+    seeds: jax.Array
+    temperature: jax.Array
+    stop_ids: jax.Array
 
-    def draw(logits_V: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), logits_V)
+    @classmethod
+    def of(cls, sampling, seed, stop_ids, prompt_length):
+        import numpy as np
 
-    drawn = jax.vmap(draw)(filtered(logits_BV, sampling), seeds_B, positions_B)
-    return drawn.astype(jnp.int32)
+        ids = np.full(4, -1, np.int32)
+        ids[: len(stop_ids)] = stop_ids
+        return cls(np.uint32(seed), np.float32(sampling.temperature), ids)
+
+
+def choose(logits_BV, tokens_BS, lengths_B, settings, features):
+    next_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
+    chosen_B = jax.vmap(lambda logits_V, i: logits_V[i])(logits_BV, next_B)
+    return next_B, chosen_B - jax.nn.logsumexp(logits_BV, -1)
