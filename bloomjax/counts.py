@@ -20,7 +20,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,7 +55,7 @@ class Counts:
     collectives: Sums[tuple[str, str]] = dataclasses.field(default_factory=_sums)  # bytes sent
     calls: Sums[tuple[str, str]] = dataclasses.field(default_factory=_sums)
 
-    def add(self, other: "Counts", times: int = 1) -> None:
+    def add(self, other: "Counts", times: float = 1) -> None:
         self.memory += times * other.memory
         for name in ("flops", "collectives", "calls"):
             mine, others = getattr(self, name), getattr(other, name)
@@ -87,6 +87,26 @@ def count(
     return _Walk(computations, dict(mesh), part, unknown_trips).computation(entry, _nothing)
 
 
+def written(text: str, sizes: Set[int]) -> Iterator[str]:
+    """Operations of an executable that write an array of so many elements to memory anew, not in
+    place: what no program does that keeps large arguments where they are."""
+    computations, _ = parse(text)
+    ops = [op for computation in computations.values() for op in computation.ops.values()]
+    fused = {name for op in ops if op.code == "fusion" for name in op.called("calls")}
+    for name, here in computations.items():
+        for op in here.ops.values() if name not in fused else ():
+            if op.code in _FREE | _IN_PLACE.keys() | _CALLS or op.code.endswith("-done"):
+                continue
+            roots = [computations[n].root for n in op.called("calls")]
+            if any(root.code in _IN_PLACE for root in roots):
+                continue
+            for array in op.outputs[:1] if op.code.endswith("-start") else op.outputs:
+                if array.in_memory and math.prod(array.dims) in sizes:
+                    dims = ",".join(map(str, array.dims))
+                    yield f"{array.dtype}[{dims}] by {op.name} ({op.op_name})"
+
+
+_CALLS = {"while", "call", "conditional"}
 # Operations that move nothing, or whose bytes other operations count.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),

@@ -1,10 +1,10 @@
 """What decoding costs on a machine that need not be there: memory, seconds a step, prefill.
 
 Letters: B slots, S places of a slot in the cache, M rows of a product (B, or the tokens of a chunk
-of a prompt), J outputs and I inputs of a weight; D, N, H, F, V, L as everywhere. Weights are
-stationary: `tensor` splits N, F and V, `sequence` splits D, and only activations move. The
-invariant: seconds are the sum of the parts that `Estimate` names, each made of counts, of figures
-of the machine (`machines`) and of the constants here, with nothing fitted to a layout.
+of a prompt); D, N, H, F, V, L as everywhere. Weights are stationary: `tensor` splits N, F and V,
+`sequence` splits D, and only activations move. The invariant: seconds are the sum of the parts that
+`Estimate` names, each made of counts, of figures of the machine (`machines`) and of the constants
+here, with nothing fitted to a layout. What is counted is what `decode.engine` does.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from bloomjax.config import ModelConfig
+from bloomjax.decode.engine import CHUNK
 from bloomjax.errors import ConfigError
 from bloomjax.kernels.packed import GROUP
 from bloomjax.machines import Machine
@@ -21,13 +22,11 @@ from bloomjax.software import OURS
 from bloomjax.timing import product_seconds
 from bloomjax.traffic import divisors, hops_of, rate_of
 
-# Tokens of a prompt that one dispatch takes.
-CHUNK = 512
 # Rows that a matrix unit takes at once, at least.
 ROWS = 8
-# Kernels of a layer beside collectives: four products, two norms, two writes to the cache, three
-# of attention, what is between them.
-KERNELS = 14
+# Kernels of a layer, and of a step outside of its layers, beside collectives: in the steps that XLA
+# compiles for an H200 a layer has 20 for one slot, 15 for 32 and 14 for 128.
+KERNELS, KERNELS_OUTSIDE = 16, 15
 # Passes over a row's logits to choose a token: most likely, sum, the chosen one.
 LOGITS_PASSES = 3
 
@@ -55,7 +54,7 @@ class Layout:
     @property
     def groups_divide(self) -> bool:
         """Whether no group of four-bit inputs is cut."""
-        return self.quantize != "int4" or not any(I % GROUP for _, I in self.matrices.values())
+        return self.quantize != "int4" or not any(ins % GROUP for _, ins in self.matrices.values())
 
     @property
     def itemsize(self) -> int:
@@ -64,7 +63,7 @@ class Layout:
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """[J, I] of a layer's weights, and of the head, which is the embedding too."""
+        """(outputs, inputs) of a layer's weights, and of the head, which is the embedding too."""
         D, V, q, t = self.model.width, self.model.vocab_size, self.sequence, self.tensor
         return {
             "qkv": (3 * D // t, D // q),
@@ -79,10 +78,10 @@ class Layout:
         return 1 if name == "head" else self.model.layers
 
     def weight_bytes(self, name: str) -> float:
-        J, I = self.matrices[name]  # noqa: E741
+        outs, ins = self.matrices[name]
         if self.quantize == "none":
-            return J * I * self.itemsize
-        return J * (I + 4) if self.quantize == "int8" else J * I * (0.5 + 4 / GROUP)
+            return outs * ins * self.itemsize
+        return outs * (ins + 4 if self.quantize == "int8" else ins * (0.5 + 4 / GROUP))
 
     @property
     def rows(self) -> int:
@@ -160,7 +159,7 @@ class Estimate:
         return fits * one
 
     def prefill_seconds(self, tokens: int) -> float:
-        """Until a prompt's first token, were nothing else running: chunk after chunk."""
+        """To take in a prompt, chunk after chunk, were nothing else running; a step follows."""
         chunks = [min(CHUNK, tokens - at) for at in range(0, tokens, CHUNK)]
         return sum(sum(seconds(self.layout, self.machine, M)[0].values()) for M in chunks)
 
@@ -194,18 +193,19 @@ def memory(layout: Layout) -> dict[str, float]:
 def seconds(
     layout: Layout, machine: Machine, chunk: int = 0
 ) -> tuple[dict[str, float], tuple[Exchange, ...]]:
-    """By part, of a step of all slots; or of `chunk` tokens of one prompt, of which the last
-    chooses a token."""
+    """By part, of a step of all slots; or of `chunk` tokens of a prompt, which choose no token."""
     model, c, t = layout.model, layout.itemsize, layout.tensor
     D, H, L = model.width, model.width // model.heads, model.layers
-    M, chosen = (chunk, 1) if chunk else (layout.slots, layout.slots)
+    M, chosen = (chunk, 0) if chunk else (layout.slots, layout.slots)
     parts = {"bytes of weights": 0.0, "FLOPs": 0.0}
-    for name, (J, I) in layout.matrices.items():  # noqa: E741
+    for name, (outs, ins) in layout.matrices.items():
         rows = chosen if name == "head" else M
+        if not rows:
+            continue
         read = layout.weight_bytes(name) / machine.memory_rate
         # Few rows are split over the cores along the inputs; many are dealt in tiles.
-        few = 2 * math.ceil(rows / ROWS) * ROWS * J * I / machine.gemm_flops * c / 2
-        compute = product_seconds(machine, rows, J, I, c) if rows > machine.tile[1] else few
+        few = 2 * math.ceil(rows / ROWS) * ROWS * outs * ins / machine.gemm_flops * c / 2
+        compute = product_seconds(machine, rows, outs, ins, c) if rows > machine.tile[1] else few
         bound = "FLOPs" if compute > read else "bytes of weights"
         parts[bound] += layout.times(name) * max(compute, read)
 
@@ -222,7 +222,7 @@ def seconds(
     parts["elementwise"] = L * one * passed / machine.memory_rate
     logits = 4 * chosen * model.vocab_size * (1 + LOGITS_PASSES)
     parts["logits"] = logits / machine.memory_rate
-    parts["launches"] = (L * KERNELS + 10) * machine.launch
+    parts["launches"] = (L * KERNELS + KERNELS_OUTSIDE) * machine.launch
 
     exchanges = tuple(collectives(layout, machine, chunk))
     parts["latency of collectives"] = sum(e.latency for e in exchanges)
@@ -234,29 +234,33 @@ def collectives(layout: Layout, machine: Machine, chunk: int = 0) -> Iterator[Ex
     """Of a step of all slots, or of `chunk` tokens of one prompt."""
     model, c, q, t = layout.model, layout.itemsize, layout.sequence, layout.tensor
     D, V, L = model.width, model.vocab_size, model.layers
-    M, chosen = (chunk, 1) if chunk else (layout.slots, layout.slots)
+    M, chosen = (chunk, 0) if chunk else (layout.slots, layout.slots)
 
     def exchange(what: str, kind: str, axis: str, whole: float, count: int) -> Iterator[Exchange]:
         """Of `whole` bytes on a device when all is gathered or summed."""
         n = layout.sizes[axis]
-        if n == 1:
+        if n == 1 or not whole:
             return
         times = 2 if kind == "all-reduce" else 1
         sent = times * whole * (n - 1) / n
         (rate, _), hops = rate_of(layout.sizes, machine, axis), hops_of(layout.sizes, machine, axis)
         # Every protocol has a latency and a rate; the library takes the fastest.
         ways = [
-            (start + times * (hop * hops[0] + machine.network_latency * hops[1]), sent / rate / share)
+            (
+                start + times * (hop * hops[0] + machine.network_latency * hops[1]),
+                sent / rate / share,
+            )
             for start, hop, share in machine.protocols
         ]
         latency, moving = min(ways, key=sum)
         yield Exchange(what, kind, axis, sent, count, count * latency, count * moving)
 
     for name in ("qkv", "up"):
-        J, _ = layout.matrices[name]
-        yield from exchange(f"into {name}", "all-reduce", "sequence", M * J * c, L)
-    if not chunk and layout.rows < layout.slots:
-        yield from exchange("attended", "all-gather", "sequence", M * D // t * c, L)
+        outs, _ = layout.matrices[name]
+        yield from exchange(f"into {name}", "all-reduce", "sequence", M * outs * c, L)
+    if layout.rows < layout.slots:  # of a prompt's slot, all but its device give zeros
+        kind = "all-reduce" if chunk else "all-gather"
+        yield from exchange("attended", kind, "sequence", M * D // t * c, L)
     for name in ("out", "down"):
         yield from exchange(f"out of {name}", "all-reduce", "tensor", M * D // q * c, L)
         yield from exchange(f"out of {name}", "all-gather", "sequence", M * D * c, L)
@@ -290,9 +294,10 @@ def search(
             if asked and not any(faults(model, layout.sizes)) and layout.groups_divide:
                 found.append(estimate(layout, machine))
     if not found:
-        given = "".join(f", mesh.{axis} = {n}" for axis, n in fixed.items())
+        given = " and ".join(f"mesh.{axis} = {n}" for axis, n in fixed.items())
+        with_ = f" with {given}" if given else ""
         raise ConfigError(
-            f"no layout of {devices} devices decodes{given}: expected mesh.tensor, which divides "
+            f"no layout of {devices} devices{with_} decodes: expected mesh.tensor, which divides "
             f"N = {model.heads} and V = {model.vocab_size:,}, times mesh.sequence, which divides "
             f"D = {model.width}"
         )

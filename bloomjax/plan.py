@@ -71,6 +71,10 @@ def main(values: flags.FlagValues) -> None:
     if values.decode:
         decode(values, target, machine, config)
         return
+    if values["quantize"].present or values["slots"].present:
+        raise ConfigError(
+            "--quantize and --slots tell how to decode: expected --decode beside them"
+        )
     devices = aot.devices(target)
     given = config.mesh != freeze(base_config()).mesh or any(
         override.startswith("mesh.") for override in values.set
@@ -110,15 +114,28 @@ def decode(
     if not all(n.isdecimal() and int(n) for n in values.slots):
         given = ",".join(values.slots)
         raise ConfigError(f"--slots={given}: expected numbers of 1 or more, as 1,32,128")
-    given = {override.split("=")[0] for override in values.set}
+    said = {override.split("=")[0] for override in values.set}
     sizes = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if n != -1}
-    fixed = {axis: n for axis, n in sizes.items() if f"mesh.{axis}" in given}
+    fixed = {axis: n for axis, n in sizes.items() if f"mesh.{axis}" in said}
     slots = [int(n) for n in values.slots]
     plans = decode_plan.plan(target, machine, config, slots, values.quantize, fixed)
+    # The largest, whose memory is in question; the programs of fewer slots differ in no other way.
+    largest = max((p for p in plans if p.fits), key=lambda plan: plan.estimate.layout.slots)
+    if aot.has_compiler(target):
+        devices = aot.devices(target)
+        _say(
+            f"compiling the step of {largest.estimate.layout.slots} slots: this takes some minutes"
+        )
+        made = decode_plan.compiled(largest, devices)
+        plans = [made if plan is largest else plan for plan in plans]
+    else:
+        _say("by count alone: to compile the step too, pip install 'bloomjax[plan]'")
     if values.json:
         print(json.dumps(decode_plan.record(plans)))
     else:
         print("\n".join(decode_plan.report(plans)))
+    if not any(plan.fits for plan in plans):
+        raise DoesNotFitError("no step fits as compiled: take more devices, or fewer --slots")
 
 
 def compile_best(

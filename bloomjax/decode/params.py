@@ -61,7 +61,8 @@ def abstract_params(
         }
         values, kind, scales = shapes[quantize]
         shape = tuple(sizes[a] for a in letters[0])
-        empty = Packed(None, jnp.zeros(scales) if scales else None, *letters, shape)  # type: ignore[arg-type]
+        scaled = jax.ShapeDtypeStruct(scales, jnp.float32) if scales else None
+        empty = Packed(None, scaled, *letters, shape)  # type: ignore[arg-type]
         with jax.set_mesh(mesh):
             layout, scales_layout = packed_layouts(empty)
         return Packed(
