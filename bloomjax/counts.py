@@ -52,11 +52,13 @@ class Counts:
 
     flops: Sums[str] = dataclasses.field(default_factory=_sums)  # by part
     memory: float = 0.0  # bytes read and written
+    turns: float = 0.0  # of loops
     collectives: Sums[tuple[str, str]] = dataclasses.field(default_factory=_sums)  # bytes sent
     calls: Sums[tuple[str, str]] = dataclasses.field(default_factory=_sums)
 
     def add(self, other: "Counts", times: float = 1) -> None:
         self.memory += times * other.memory
+        self.turns += times * other.turns
         for name in ("flops", "collectives", "calls"):
             mine, others = getattr(self, name), getattr(other, name)
             for key, value in others.items():
@@ -146,7 +148,9 @@ class _Walk:
             if op.code == "while":
                 (body,), (condition,) = op.called("body"), op.called("condition")
                 begin = functools.partial(self._number, here, op.operands[0], known)
-                total.add(self.computation(body, begin), self._trips(op, condition, begin))
+                trips = self._trips(op, condition, begin)
+                total.add(self.computation(body, begin), trips)
+                total.turns += trips
             elif op.code == "conditional":
                 keys = "branch_computations", "true_computation", "false_computation"
                 branches = [self.computation(b, _nothing) for b in op.called(*keys)]

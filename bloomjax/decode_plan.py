@@ -149,6 +149,7 @@ def _compiled(program: aot.Decoder) -> dict[str, Any]:
         "tokens_per_dispatch": program.tokens,
         "flops": dict(counts.flops),
         "memory_traffic": counts.memory,
+        "inner_loop_turns": counts.turns - 1,
         "collectives": [
             {"kind": kind, "axes": axes, "bytes": sent, "calls": counts.calls[kind, axes]}
             for (kind, axes), sent in sorted(counts.collectives.items())
@@ -226,6 +227,10 @@ def _program(plan: Plan) -> list[str]:
             f"  {' over '.join(key):<26}{counts.calls[key]:>8,.0f} calls, "
             f"{counts.collectives[key] / 1e6:,.1f} MB a step; by count {count:,.0f}, "
             f"{sent / 1e6:,.1f} MB"
+        )
+    if counts.turns > 1:  # the step is a turn itself
+        lines.append(
+            f"  {counts.turns - 1:,.0f} turns of loops inside a step, which take their time"
         )
     for what, ops in ("weights", program.weights_written), ("the cache", program.cache_written):
         shown = f", as {ops[0]}" if ops else ""
