@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from bloomjax import checkpoint, model
 from bloomjax.config import MeshConfig, ModelConfig
 from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
-from bloomjax.decode.engine import GREEDY, Engine, Fresh
-from bloomjax.decode.sampling import Sampling
+from bloomjax.decode.engine import Engine, Fresh
+from bloomjax.decode.sampling import GREEDY, Sampling
 from bloomjax.errors import ConfigError, InputError
 from bloomjax.formats import hub
 from bloomjax.formats.gguf import GGUFReader

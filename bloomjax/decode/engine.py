@@ -17,12 +17,11 @@ from jax.sharding import Mesh
 from bloomjax import model
 from bloomjax.config import ModelConfig
 from bloomjax.decode.cache import Cache, CachedAttention, empty_cache
-from bloomjax.decode.sampling import Sampling, choose
+from bloomjax.decode.sampling import GREEDY, Sampling, choose, settings_of
 from bloomjax.errors import InputError
 from bloomjax.model import Params
 from bloomjax.sharding import act, put
 
-GREEDY = Sampling()
 # Tokens between two looks at the host.
 TOKENS_PER_DISPATCH = 8
 
@@ -157,6 +156,6 @@ def _next(
     positions_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     logits_BV = jax.reshard(bloom.logits(x_B1D)[:, 0], act("B3"))  # the vocabulary in one piece
-    next_B = choose(logits_BV, sampling, seeds_B, positions_B)
-    chosen_B = jax.vmap(lambda logits_V, i: logits_V[i])(logits_BV, next_B)
-    return next_B, chosen_B - jax.nn.logsumexp(logits_BV, -1)
+    B = len(seeds_B)
+    settings = settings_of([sampling] * B, [0] * B, [0] * B, [()] * B)._replace(seeds_B=seeds_B)
+    return choose(logits_BV, None, positions_B, settings, sampling.features)
