@@ -1,37 +1,42 @@
 """The engine: slots in which requests run, come and go, on two compiled programs.
 
-Letters: B slots, S places of a slot, C prompt tokens of a chunk, K tokens a dispatch, V vocabulary.
-A slot holds its tokens, prompt and answer, and the cache of all but the last. One program takes C
-tokens of one slot's prompt into the cache, the other writes K tokens into every slot that runs;
-prompts are taken in whole but for their last token, from which the first of the answer is made, so
-the head stands in one place. Shapes do not depend on requests: nothing is compiled once the few
-sizes of chunks, and the few kinds of sampling, have been seen.
+Letters: B slots, S places of a slot, K tokens a dispatch, V vocabulary. Shapes do not depend on
+requests: nothing is compiled once the few sizes of chunks, and the few kinds of sampling, have been
+seen (`programs`).
 
 The invariant: what a request gives depends on it alone, not on its slot, its neighbours, or when it
 was admitted. Every process of a mesh makes the same calls.
 """
 
 import dataclasses
-import functools
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from bloomjax import model
 from bloomjax.config import ModelConfig
-from bloomjax.decode.cache import Cache, CachedAttention, empty_cache
-from bloomjax.decode.sampling import Features, Sampling, Settings, choose
+from bloomjax.decode import sampling
+from bloomjax.decode.programs import (
+    STOP_IDS,
+    LogitsFn,
+    State,
+    decode,
+    empty_state,
+    place,
+    round_up,
+    row_of,
+    take_prompt,
+    tokens_per_dispatch,
+)
+from bloomjax.decode.sampling import GREEDY, Features, Sampling, settings_of
 from bloomjax.errors import InputError
 from bloomjax.model import Params
-from bloomjax.sharding import act, on_cpu, put
+from bloomjax.sharding import put
 
-GREEDY = Sampling()
 # Of prompts, between two dispatches: those who write wait for them.
 PROMPT_TOKENS = 512
 
@@ -161,14 +166,12 @@ class Engine:
             if slot is None and self._waiting:
                 number, request = self._waiting.popleft()
                 self._slots[b] = _Slot(number, request)
-                self._features |= Features.of(request.sampling)
-                prompt, tokens_S = request.prompt, np.zeros(self.length, np.int32)
-                tokens_S[: len(prompt)] = prompt
-                limit = len(prompt) + request.max_new_tokens
-                settings = Settings.of(
-                    request.sampling, request.seed, request.stop_ids, len(prompt)
+                self._features |= request.sampling.features
+                prompt, stops = request.prompt, request.stop_ids
+                settings = settings_of(
+                    [request.sampling], [request.seed], [len(prompt)], [stops], STOP_IDS
                 )
-                row = tokens_S, np.int32(len(prompt)), np.int32(limit), settings
+                row = row_of(prompt, len(prompt) + request.max_new_tokens, settings, self.length)
                 cache, *rows = self._state
                 self._state = State(cache, *place(tuple(rows), np.int32(b), row))
 
@@ -189,6 +192,9 @@ class Engine:
 def check(request: Request, config: ModelConfig, length: int) -> None:
     """InputError, in one line, for a request that no slot of `length` can take."""
     prompt, V = request.prompt, config.vocab_size
+    sampling.check(request.sampling, request.max_new_tokens)
+    if len(request.stop_ids) > STOP_IDS:
+        raise InputError(f"{len(request.stop_ids)} stop ids: expected at most {STOP_IDS}")
     if not prompt:
         raise InputError("the prompt is empty: expected at least one token")
     if wrong := [token for token in prompt if not 0 <= token < V]:

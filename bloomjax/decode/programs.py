@@ -8,7 +8,7 @@ head stands in one place.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,13 +19,14 @@ from jax.sharding import PartitionSpec as P
 from bloomjax import model
 from bloomjax.config import ModelConfig
 from bloomjax.decode.cache import Cache, CachedAttention, empty_cache
-from bloomjax.decode.sampling import Features, Sampling, Settings, choose
+from bloomjax.decode.sampling import GREEDY, Features, Settings, choose, settings_of
 from bloomjax.model import Params
 from bloomjax.sharding import act, on_cpu, put
 
 # Prompt tokens of a chunk at most.
 CHUNK = 512
 _SMALLEST_CHUNK = 16
+STOP_IDS = 4  # that a request may have
 # float32 logits [B, V], tokens [B, S] and lengths [B] -> logits; see `engine.Engine`
 LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -58,12 +59,19 @@ def empty_state(config: ModelConfig, slots: int, length: int, cache_dtype: str) 
     """Of an engine in which nothing runs, on the current mesh."""
 
     def row(value: Any) -> jax.Array:
-        shape = (slots, *np.shape(value))
+        shape = slots, *np.shape(value)
         return jnp.zeros(shape, value.dtype, out_sharding=P(*(None for _ in shape)))
 
-    zero = np.int32(0)
-    rows = np.zeros(length, np.int32), zero, zero, Settings.of(Sampling(), 0, (), 0)
+    rows = row_of((), 0, settings_of([GREEDY], [0], [0], [()], STOP_IDS), length)
     return State(empty_cache(config, slots, length, cache_dtype), *jax.tree.map(row, rows))
+
+
+def row_of(prompt: Sequence[int], limit: int, settings: Settings, length: int) -> Any:
+    """What a slot of a state holds beside its cache; `settings` are of one row."""
+    tokens_S = np.zeros(length, np.int32)
+    tokens_S[: len(prompt)] = prompt
+    one = jax.tree.map(lambda setting_1: setting_1[0], settings)
+    return tokens_S, np.int32(len(prompt)), np.int32(limit), one
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -132,7 +140,9 @@ def decode(
     # A cache of one slot goes round the loop without the leading 1: with it XLA:CPU writes every
     # token twice, for the loop and for the products, and copies the whole cache for that.
     alone = len(ready_B) == 1
-    inside = (lambda cache: jax.tree.map(lambda x: x[None], cache)) if alone else lambda cache: cache
+    inside = (
+        (lambda cache: jax.tree.map(lambda x: x[None], cache)) if alone else lambda cache: cache
+    )
     outside = (lambda cache: jax.tree.map(lambda x: x[0], cache)) if alone else lambda cache: cache
 
     def one(carry: tuple[State, jax.Array], _: None) -> Any:
@@ -143,8 +153,9 @@ def decode(
         logits_BV, cache = advance(bloom, inside(state.cache), here_B, last_B)
         if logits_fn is not None:
             logits_BV = logits_fn(logits_BV, tokens_BS, lengths_B)
-        next_B, logprob_B = choose(logits_BV, tokens_BS, lengths_B, settings, features)
-        wrote_B = running_B & ~(next_B[:, None] == settings.stop_ids).any(-1)
+        chosen = choose(logits_BV, tokens_BS, lengths_B, settings, features)
+        next_B, logprob_B = (jax.reshard(x, P(None)) for x in chosen)
+        wrote_B = running_B & ~(next_B[:, None] == settings.stop_ids_BE).any(-1)
         written_B = jnp.where(wrote_B, next_B, 0)
         at = tokens_BS.at[jnp.arange(len(lengths_B)), lengths_B]
         tokens_BS = at.set(written_B, mode="drop", unique_indices=True)
