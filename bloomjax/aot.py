@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding
 from bloomjax import machines, step
 from bloomjax.config import Config, MeshConfig, ModelConfig
 from bloomjax.counts import Counts, count, written
-from bloomjax.decode import engine, params
+from bloomjax.decode import params, programs
 from bloomjax.decode.sampling import Features
 from bloomjax.errors import ConfigError, DoesNotFitError
 from bloomjax.kernels.packed import Packed
@@ -229,13 +229,13 @@ def compile_decode(
     check_divides(config, mesh)
     start = time.monotonic()
     with jax.set_mesh(mesh):
-        K = engine.tokens_per_dispatch(config)
+        K = programs.tokens_per_dispatch(config)
         weights = params.abstract_params(config, mesh, quantize)
-        empty = functools.partial(engine.empty_state, config, slots, length, cache)
+        empty = functools.partial(programs.empty_state, config, slots, length, cache)
         state = jax.tree.map(functools.partial(_on, mesh), jax.eval_shape(empty))
         ready = jax.ShapeDtypeStruct((slots,), bool, sharding=NamedSharding(mesh, act("1")))
-        lowered = engine._decode.lower(config, K, Features(), None, weights, state, ready)
-        compiled, text = _compile(lowered, devices[0].platform, "_decode")
+        lowered = programs.decode.lower(config, K, Features(), None, weights, state, ready)
+        compiled, text = _compile(lowered, devices[0].platform, "decode")
     seconds = time.monotonic() - start
     told = compiled.memory_analysis()
     assert told is not None and text

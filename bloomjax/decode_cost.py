@@ -4,7 +4,7 @@ Letters: B slots, S places of a slot in the cache, M rows of a product (B, or th
 of a prompt); D, N, H, F, V, L as everywhere. Weights are stationary: `tensor` splits N, F and V,
 `sequence` splits D, and only activations move. The invariant: seconds are the sum of the parts that
 `Estimate` names, each made of counts, of figures of the machine (`machines`) and of the constants
-here, with nothing fitted to a layout. What is counted is what `decode.engine` does.
+here, with nothing fitted to a layout. What is counted is what `decode.programs` does.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from bloomjax.config import ModelConfig
-from bloomjax.decode.engine import CHUNK
+from bloomjax.decode.programs import CHUNK
 from bloomjax.errors import ConfigError
 from bloomjax.kernels.packed import GROUP
 from bloomjax.machines import Machine

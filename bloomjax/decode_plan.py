@@ -13,7 +13,7 @@ import jax
 
 from bloomjax import aot, decode_cost
 from bloomjax.config import Config, MeshConfig
-from bloomjax.decode.engine import round_up
+from bloomjax.decode.programs import round_up
 from bloomjax.errors import ConfigError, DoesNotFitError
 from bloomjax.machines import Machine
 

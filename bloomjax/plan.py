@@ -119,7 +119,7 @@ def decode(
     fixed = {axis: n for axis, n in sizes.items() if f"mesh.{axis}" in said}
     slots = [int(n) for n in values.slots]
     plans = decode_plan.plan(target, machine, config, slots, values.quantize, fixed)
-    # The largest, whose memory is in question; the programs of fewer slots differ in no other way.
+    # The largest, whose memory is in question.
     largest = max((p for p in plans if p.fits), key=lambda plan: plan.estimate.layout.slots)
     if aot.has_compiler(target):
         devices = aot.devices(target)
