@@ -47,13 +47,17 @@ def test_weights_add_up_to_the_models(size: str, sequence: int, tensor: int) -> 
 
 
 def test_bits_of_a_weight() -> None:
-    """Eight bits and a scale a row of thousands; four and a float32 for every 32 of them."""
-    found = {
-        quantize: memory(Layout(model("176b"), 2, 8, 1, 16, quantize))["weights"]
-        for quantize in QUANTIZE
+    """Eight bits and a float32 for every output; four and one for every 32 inputs."""
+    D, L, V = 14336, 70, 250_880
+    outputs, matrices, vectors = 9 * D * L + V, 12 * D * D * L + V * D, (13 * L + 4) * D
+    expected = {
+        "none": 2 * matrices,
+        "int8": matrices + 4 * outputs,
+        "int4": matrices / 2 + 4 * matrices / 32,
     }
-    assert found["int8"] / found["none"] == pytest.approx(8 / 16, rel=5e-3)
-    assert found["int4"] / found["none"] == pytest.approx(5 / 16, rel=5e-3)
+    for quantize in QUANTIZE:
+        found = memory(Layout(model("176b"), 1, 1, 1, 16, quantize))["weights"]
+        assert found == pytest.approx(expected[quantize] + 2 * vectors, rel=1e-9)
 
 
 def test_the_cache_of_176b() -> None:
@@ -79,6 +83,18 @@ def test_one_token_by_hand() -> None:
     sums = [one for one in found.exchanges if one.kind == "all-reduce"]
     assert sum(one.count for one in sums) == 141
     assert all(one.sent == pytest.approx(2 * 7 / 8 * 14336 * 2) for one in sums)
+
+
+def test_a_prompt_by_hand() -> None:
+    """Four chunks of 512; the products of blocks at no more than large ones reach, and no head: a
+    larger vocabulary would cost nothing."""
+    found = best("gpu-h200", 8, 1)
+    flops = 2 * 70 * 12 * 14336**2 * 512 / 8
+    assert 1 < found.prefill_seconds(512) / (flops / found.machine.gemm_flops) < 2.5
+    assert found.prefill_seconds(2048) == pytest.approx(4 * found.prefill_seconds(512))
+    assert found.prefill_seconds(600) < found.prefill_seconds(1024)
+    wide = dataclasses.replace(found.layout, model=model("176b", vocab_size=501_760))
+    assert estimate(wide, found.machine).prefill_seconds(512) == found.prefill_seconds(512)
 
 
 @pytest.mark.parametrize(
