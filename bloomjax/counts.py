@@ -97,18 +97,19 @@ def written(text: str, sizes: Set[int]) -> Iterator[str]:
     fused = {name for op in ops if op.code == "fusion" for name in op.called("calls")}
     for name, here in computations.items():
         for op in here.ops.values() if name not in fused else ():
-            if op.code in _FREE | _IN_PLACE.keys() | _CALLS or op.code.endswith("-done"):
-                continue
+            if op.code in _FREE | _IN_PLACE.keys() | _CALLS or op.code.endswith(_MEANWHILE):
+                continue  # of what goes on meanwhile, "-done" has the result alone
             roots = [computations[n].root for n in op.called("calls")]
             if any(root.code in _IN_PLACE for root in roots):
                 continue
-            for array in op.outputs[:1] if op.code.endswith("-start") else op.outputs:
+            for array in op.outputs:
                 if array.in_memory and math.prod(array.dims) in sizes:
                     dims = ",".join(map(str, array.dims))
                     yield f"{array.dtype}[{dims}] by {op.name} ({op.op_name})"
 
 
 _CALLS = {"while", "call", "conditional"}
+_MEANWHILE = ("-start", "-update")
 # Operations that move nothing, or whose bytes other operations count.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
