@@ -243,6 +243,25 @@ def test_the_compiled_step_is_what_is_counted(sequence: int, tensor: int, slots:
     assert not program.weights_written and not program.cache_written
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "plugin"), [("tpu-v5e:2x2", "libtpu"), ("gpu-h100:1x4", "jax_cuda13_plugin")]
+)
+def test_with_the_real_compilers(target: str, plugin: str) -> None:
+    if not importlib.util.find_spec(plugin):
+        pytest.skip(f"{plugin} is not installed")
+    asked = model("560m", layers=2, width=1024, heads=8, vocab_size=2048)
+    devices = aot.devices(aot.target(target))
+    mesh = MeshConfig(sequence=2, tensor=2)
+    program = aot.compile_decode(asked, mesh, devices, slots=4, length=64)
+    expected = estimate(Layout(asked, 2, 2, 4, 64), machine(target.partition(":")[0]))
+    found = program.counts.by_axis()
+    for axis in ("sequence", "tensor"):
+        sent = sum(one.bytes for one in expected.exchanges if one.axis == axis)
+        assert found[axis] == pytest.approx(sent, rel=0.02)
+    assert not program.weights_written
+
+
 def test_what_is_written_anew_is_found() -> None:
     """A widened weight is; a row that is set in place is not."""
     weights = jax.ShapeDtypeStruct((48, 40), jnp.int8)
