@@ -149,14 +149,12 @@ class Estimate:
     @property
     def room(self) -> int:
         """The most slots of this length that fit; 0 where not even the weights do."""
-        one, fits = self.layout.sequence, 0
-        step = 1 << 20
+        each, fits, step = self.layout.sequence, 0, 1 << 20
         while step:
-            slots = (fits + step) * one
-            tried = dataclasses.replace(self.layout, slots=slots)
+            tried = dataclasses.replace(self.layout, slots=(fits + step) * each)
             fits += step if sum(memory(tried).values()) <= self.machine.capacity else 0
             step //= 2
-        return fits * one
+        return fits * each
 
     def prefill_seconds(self, tokens: int) -> float:
         """To take in a prompt, chunk after chunk, were nothing else running; a step follows."""
@@ -209,17 +207,15 @@ def seconds(
         bound = "FLOPs" if compute > read else "bytes of weights"
         parts[bound] += layout.times(name) * max(compute, read)
 
-    rows = 1 if chunk else layout.rows
-    cache = rows * layout.length * layout.place / machine.memory_rate
-    scores = M / layout.slots * layout.rows if not chunk else M
-    pairs = scores * (model.heads // t) * layout.length
-    attention = 4 * H * pairs / (machine.gemm_flops * OURS.attention_share) if chunk else 0.0
+    cache = (1 if chunk else layout.rows) * layout.length * layout.place / machine.memory_rate
+    queries = chunk or layout.rows
+    pairs = queries * (model.heads // t) * layout.length
+    compute = 4 * H * pairs / (machine.gemm_flops * OURS.attention_share) if chunk else 0.0
     parts["bytes of the cache"] = L * cache
-    parts["attention"] = L * max(attention, OURS.scores.forward * pairs / machine.memory_rate)
+    parts["attention"] = L * max(compute, OURS.scores.forward * pairs / machine.memory_rate)
 
-    one = M * D * c / 2
     passed = OURS.stream.forward + (4 * OURS.ffn.forward + 3 * OURS.qkv.forward) / t
-    parts["elementwise"] = L * one * passed / machine.memory_rate
+    parts["elementwise"] = L * M * D * passed * c / 2 / machine.memory_rate
     logits = 4 * chosen * model.vocab_size * (1 + LOGITS_PASSES)
     parts["logits"] = logits / machine.memory_rate
     parts["launches"] = (L * KERNELS + KERNELS_OUTSIDE) * machine.launch
