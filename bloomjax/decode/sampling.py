@@ -161,15 +161,17 @@ def choose(
 
 
 def _draw(logits_V: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
-    """An id of these log-probabilities (but for a constant), int32: first its group, then the id
-    among those of the group. That takes two times 500 random numbers instead of 250,880, which on
-    CPU cost 10 ms. Both draws are by the largest of noisy logits, so other roundings of the logits
-    hardly ever give another id."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), position))
+    """An id of these log-probabilities (but for a constant): first its group, then the id among
+    those of the group, each the largest after Gumbel noise; so other roundings of the logits hardly
+    ever give another id. That takes 1,000 random numbers instead of 250,880, which on CPU cost as
+    much as 10 ms."""
     padding = (0, -logits_V.size % GROUP)
     groups_GV = jnp.pad(logits_V, padding, constant_values=-jnp.inf).reshape(-1, GROUP)
-    group = jax.random.categorical(keys[0], jax.nn.logsumexp(groups_GV, -1))
-    return group * GROUP + jax.random.categorical(keys[1], groups_GV[group])
+    G = len(groups_GV)
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    noise = jax.random.gumbel(key, (G + GROUP,))
+    group = jnp.argmax(jax.nn.logsumexp(groups_GV, -1) + noise[:G])
+    return group * GROUP + jnp.argmax(groups_GV[group] + noise[G:])
 
 
 def processed(
