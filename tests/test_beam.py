@@ -17,7 +17,8 @@ from bloomjax.errors import ConfigError
 from bloomjax.model import Params, abstract_params, bind
 from bloomjax.sharding import act
 
-LONGEST = 32  # of prompt and answer together
+# Of every model one program: as many rows, as long (prompt and answer) as any case needs.
+ROWS, LONGEST = 16, 32
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -52,13 +53,13 @@ class Uncached:
 
     def _logits(self) -> jax.Array:
         self.steps += 1
-        tokens_RT = np.zeros((len(self._rows), LONGEST), np.int32)
-        for row, ids in zip(tokens_RT, self._rows, strict=True):
-            row[: len(ids)] = ids
-        lengths_R = np.array([len(ids) for ids in self._rows], np.int32)
-        return last_logits(
+        tokens_RT, lengths_R = np.zeros((ROWS, LONGEST), np.int32), np.ones(ROWS, np.int32)
+        for r, ids in enumerate(self._rows):
+            tokens_RT[r, : len(ids)], lengths_R[r] = ids, len(ids)
+        logits_RV = last_logits(
             self._config, self._params, on_mesh("BT", tokens_RT), on_mesh("B", lengths_R)
         )
+        return logits_RV[: len(self._rows)]
 
 
 @pytest.mark.parametrize("name", MODELS)
