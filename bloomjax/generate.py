@@ -74,7 +74,7 @@ def main(values: flags.FlagValues) -> None:
     logprob = 0.0
     if stream and values.prompt is not None:
         print(values.prompt, end="", flush=True)
-    for (fresh,) in model.generate([prompt_ids], values.max_new_tokens, sampling, values.seed):
+    for fresh in model.generate([prompt_ids], values.max_new_tokens, sampling, seed=values.seed):
         first = first or time.perf_counter() - start
         ids += fresh.ids
         logprob += sum(fresh.logprobs)

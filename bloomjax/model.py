@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from bloomjax.attention import Dropout, attend
 from bloomjax.config import ModelConfig
-from bloomjax.parallel import dropout, lookup, product, use
+from bloomjax.kernels.packed import Packed
+from bloomjax.parallel import dropout, look_up, lookup, product, stationary, use
 from bloomjax.sharding import act, on_cpu, scannable, stack_rows, stream, weight
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -159,7 +160,7 @@ class Bloom(nnx.Module):
     """Embedding and its layer norm, the blocks, the last layer norm; the head is the embedding.
 
     The blocks are one stack, which `__call__` scans: one layer to compile, for training. With
-    `unrolled` they are a list, which `decode` walks: no layer has to be sliced out of a stack.
+    `unrolled` they are a list of packed weights, which `decode` walks.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, unrolled: bool = False):
@@ -205,12 +206,15 @@ class Bloom(nnx.Module):
         x_BRD, _ = jax.lax.scan(layer, x_BRD, (scannable(stack), keys))
         return self.last_norm(x_BRD)
 
-    def decode(self, tokens_BT: jax.Array, attention: Callable[[int], Attention]) -> jax.Array:
+    def decode(self, tokens_BS: jax.Array, attention: Callable[[int], Attention]) -> jax.Array:
         """As `__call__`, through a list of blocks; `attention(i)` is layer i's, over its cache."""
-        x_BTD = self.embed_tokens(tokens_BT)
+        table = self.embed.get_value()
+        x_BSD = look_up(table, jax.reshard(tokens_BS, act("1S")), compute_dtype(self.config))
+        epsilon = self.config.layer_norm_epsilon
+        x_BSD = layer_norm(x_BSD, self.embed_ln_w, self.embed_ln_b, epsilon)
         for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, attention(i))
-        return jax.reshard(self.last_norm(x_BTD), act("BSD"))  # any position may be picked
+            x_BSD = block(x_BSD, attention(i), letter="S")
+        return self.last_norm(x_BSD)
 
     def embed_tokens(self, tokens_BT: jax.Array, letter: str = "T") -> jax.Array:
         """Token ids -> embeddings through their layer norm, to the stream, in the compute dtype."""
@@ -223,6 +227,8 @@ class Bloom(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V], split over V, of what `__call__` returned. Training never asks."""
+        if isinstance(table := self.embed.get_value(), Packed):
+            return stationary(x_BTD, table, jnp.float32)
         x_BTD, embed_VD = jax.reshard(x_BTD, act("BTD")), use(self.embed, x_BTD.dtype)
         return jnp.einsum(
             "BTD,VD->BTV",
@@ -245,14 +251,6 @@ def _graph_of(config: ModelConfig, unrolled: bool, rows: int) -> tuple[Any, Any]
 def bind(config: ModelConfig, params: Params, unrolled: bool = False) -> Bloom:
     """The model with these parameters; call it where a mesh is set (`jax.set_mesh`)."""
     return nnx.merge(_graph(config, unrolled)[0], params)
-
-
-def unroll(params: Params) -> Params:
-    """Parameters of a stack of blocks -> of a list of blocks. Copies them; to be jitted."""
-    layers = jax.tree.leaves(params["blocks"])[0].shape[0]
-    stack = scannable(params["blocks"])
-    blocks = {i: jax.tree.map(lambda p, i=i: p[i], stack) for i in range(layers)}
-    return {**params, "blocks": blocks}
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

@@ -8,14 +8,18 @@ the ones that stand here, forward and backward. Inside a pipeline weights are in
 they were gathered once for the whole step, and their gradients are summed once at its end.
 """
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from bloomjax.kernels.packed import Packed, multiply, widened
 from bloomjax.sharding import (
     act,
     gather_weight,
@@ -26,6 +30,7 @@ from bloomjax.sharding import (
     on_devices,
     reduce_gradient,
     split_of,
+    sum_at_rest,
     sum_to_stream,
     weight,
 )
@@ -46,10 +51,40 @@ def product(x: jax.Array, parameter: nnx.Param, letter: str) -> jax.Array:
     A weight whose other axes are split reads the residual stream [B, R, D] and gives [B, T, ...];
     one whose first axes are split reads [B, T, ...] and writes to the stream. `letter` is the
     stream's, R or T. The weight is gathered here, in x's dtype, and again for the backward pass.
+    A weight packed for decoding stays where it is (`stationary`).
     """
-    w = parameter[...]
+    w = parameter.get_value()
+    if isinstance(w, Packed):
+        return stationary(x, w, x.dtype)
     axes = parameter.axes[-w.ndim :]
     return _product(x, w, axes, letter, not on_device())
+
+
+def stationary(x: jax.Array, w: Packed, dtype: Any) -> jax.Array:
+    """x [B, S, inputs] times a weight that no device gathers -> [B, S, outputs] in `dtype`. Rows of
+    x are nowhere split.
+
+    Each device takes the part of x that meets its piece; sums travel, which at a few tokens are
+    smaller by far than weights (Pope et al. 2022, "weight-stationary"). No derivative.
+    """
+    layout, scales_layout = packed_layouts(w)
+
+    def local(x: jax.Array, values: jax.Array, scales: jax.Array | None) -> jax.Array:
+        piece = dataclasses.replace(w, values=values, scales=scales)
+        x_MI = x.reshape(-1, math.prod(x.shape[2:]))
+        y_MJ = sum_at_rest(w.inputs[0], multiply(x_MI, piece, dtype))
+        return y_MJ.reshape(*x.shape[:2], -1, *w.shape[1:])
+
+    ins = P(*act("1S"), *weight(w.inputs)), layout, scales_layout
+    y = on_devices(local, ins, P(*act("1S"), *weight(w.outputs)))(x, w.values, w.scales)
+    return jax.reshard(y, act("1S" + w.outputs))
+
+
+def packed_layouts(w: Packed) -> tuple[P, P]:
+    """How the values and the scales of a packed weight lie, by the first letters of its sides."""
+    layout = weight(w.outputs[0] + w.inputs[0])
+    per_channel = w.scales is not None and w.scales.shape[1] == 1
+    return layout, P(layout[0], None) if per_channel else layout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -115,6 +150,22 @@ def local_rows(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """On a device: ids of V -> rows of its piece, and whether they are in it."""
     local = ids - offset_of("V", rows)
     return jnp.clip(local, 0, rows - 1), (local >= 0) & (local < rows)
+
+
+def look_up(table: Packed, tokens_BS: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a packed embedding -> [B, S, D] in `dtype`; each device has some columns of some."""
+    layout, scales_layout = packed_layouts(table)
+
+    def local(tokens: jax.Array, values: jax.Array, scales: jax.Array | None) -> jax.Array:
+        row, mine = local_rows(tokens.ravel(), values.shape[0])
+        scales = None if scales is None else scales[row]
+        rows = widened(dataclasses.replace(table, values=values[row], scales=scales), dtype)
+        rows = sum_at_rest("V", jnp.where(mine[:, None], rows, 0))
+        return rows.reshape(*tokens.shape, -1)
+
+    ins = act("1S"), layout, scales_layout
+    x = on_devices(local, ins, P(*act("1S"), *weight("D")))(tokens_BS, table.values, table.scales)
+    return jax.reshard(x, act("1SD"))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -30,7 +30,8 @@ AXES = ("stage", "data", "fsdp", "sequence", "tensor")
 Axes = tuple[str, ...]
 # letter: (of weights at rest, of activations and of weights in use). FSDP splits D of weights at
 # rest only: they are gathered just in time, and their gradients scattered back. R is T where it
-# runs along the residual stream, between the products that are split over `tensor`.
+# runs along the residual stream, between the products that are split over `tensor`. C are the slots
+# of a decoding cache, whose mesh is `decode_mesh`.
 RULES: dict[str, tuple[Axes, Axes]] = {
     "B": ((), ("data", "fsdp")),
     "T": ((), ("sequence",)),
@@ -40,6 +41,7 @@ RULES: dict[str, tuple[Axes, Axes]] = {
     "N": (("tensor",), ("tensor",)),
     "F": (("tensor",), ("tensor",)),
     "V": (("tensor",), ("tensor",)),
+    "C": ((), ("sequence",)),
 }
 _NOWHERE: tuple[Axes, Axes] = ((), ())
 
@@ -132,6 +134,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         within, tuple(across.values()), devices, allow_split_physical_axes=True
     )
     return Mesh(grid, AXES, axis_types=kinds)
+
+
+def decode_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh that weights are stationary on: heads, ffn and vocabulary over as many devices as
+    divide them, the width over the rest. ConfigError if that does not divide either."""
+    n = model.sizes
+    tensor = math.gcd(n["N"], n["F"], n["V"], len(devices))
+    mesh = make_mesh(MeshConfig(sequence=len(devices) // tensor, tensor=tensor), devices)
+    check_divides(model, mesh)
+    return mesh
 
 
 def on_cpu() -> bool:
@@ -258,6 +270,12 @@ def _real(axes: Axes) -> Axes:
 def sum_over(letter: str, x: Any) -> Any:
     """Sum of `x` over the devices that split `letter` of activations."""
     axes = _real(RULES[letter][1])
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def sum_at_rest(letter: str, x: jax.Array) -> jax.Array:
+    """Sum of `x` over the devices that split `letter` of weights at rest."""
+    axes = _real(RULES[letter][0])
     return jax.lax.psum(x, axes) if axes else x
 
 

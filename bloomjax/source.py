@@ -7,7 +7,6 @@ its share of one tensor.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bloomjax import checkpoint, model
-from bloomjax.config import MeshConfig, ModelConfig
+from bloomjax.attention import attend
+from bloomjax.config import ModelConfig
 from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
-from bloomjax.decode.engine import Engine, Fresh
+from bloomjax.decode.engine import Engine, Fresh, Request
+from bloomjax.decode.params import abstract_params, tree
+from bloomjax.decode.programs import LogitsFn
 from bloomjax.decode.sampling import GREEDY, Sampling
-from bloomjax.errors import ConfigError, InputError
+from bloomjax.errors import InputError
 from bloomjax.formats import hub
 from bloomjax.formats.gguf import GGUFReader
 from bloomjax.formats.hf import HFReader
 from bloomjax.formats.megatron import MegatronReader
-from bloomjax.formats.names import TABLE, Row, nest
-from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader, model_of_step, tokenizers
+from bloomjax.formats.names import Row
+from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader
 from bloomjax.formats.tensors import Reader
+from bloomjax.kernels.packed import Packed
 from bloomjax.model import Params
-from bloomjax.sharding import check_divides, make_mesh, put
+from bloomjax.sharding import decode_mesh, put, split_of
+
+# Prompts of `Model.generate` that run at a time.
+MOST_SLOTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,45 +53,70 @@ class Model:
 
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
         """float32 logits [B, T, V]. Segments keep sequences apart; 0 is padding, left or right."""
+        T = tokens_BT.shape[1]
         with jax.set_mesh(self.mesh):
-            return _logits(self.config, self.params, tokens_BT, segments_BT)
+            more = [(0, 0), (0, -T % split_of("T"))]  # at the end, where no token sees it
+            tokens_BT = jnp.pad(tokens_BT, more)
+            segments_BT = None if segments_BT is None else jnp.pad(segments_BT, more)
+            return _logits(self.config, self.params, tokens_BT, segments_BT)[:, :T]
+
+    def engine(self, slots: int, length: int, **options: Any) -> Engine:
+        """An engine for requests of up to `length` tokens; see `decode.engine.Engine`."""
+        return Engine(self.config, self.params, self.mesh, slots=slots, length=length, **options)
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
+        *,
         seed: int = 0,
-    ) -> Iterator[list[Fresh]]:
-        """New tokens of each prompt as they come; see `decode.engine.Engine.generate`."""
-        eos = self.tokenizer.eos_id if self.tokenizer else None
-        engine = Engine(self.config, self.params, self.mesh)
-        return engine.generate(prompts, max_new_tokens, sampling, seed=seed, eos_id=eos)
+        stop_ids: Sequence[int] | None = None,
+        logits_fn: LogitsFn | None = None,
+    ) -> Iterator[Fresh]:
+        """New tokens of each prompt as they come, `number` saying whose; the prompts run together.
+
+        Prompt i is drawn with `seed` + i. A sequence ends before any of `stop_ids`, by default the
+        tokenizer's end of text. Raises InputError for an empty prompt, or ids out of range.
+        """
+        if stop_ids is None:
+            stop_ids = [self.tokenizer.eos_id] if self.tokenizer else []
+        requests = [
+            Request(prompt, max_new_tokens, sampling, seed + i, tuple(stop_ids))
+            for i, prompt in enumerate(prompts)
+        ]
+        longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+        slots = min(len(requests), MOST_SLOTS)
+        engine = self.engine(slots, longest, logits_fn=logits_fn)
+        for request in requests:
+            engine.submit(request)
+        while engine.busy:
+            yield from engine.step()
 
 
 @jax.jit(static_argnums=0)
 def _logits(config: ModelConfig, params: Params, tokens_BT: Any, segments_BT: Any) -> jax.Array:
-    bloom = model.bind(config, params)
-    return bloom.logits(bloom(tokens_BT, segments_BT=segments_BT))
+    bloom = model.bind(config, params, unrolled=True)
+    attention = functools.partial(
+        attend, segments_BT=segments_BT, round_alibi=config.alibi_dtype == "compute"
+    )
+    return bloom.logits(bloom.decode(tokens_BT, lambda _: attention))
 
 
 def load(source: str | Path, mesh: Mesh | None = None, dtype: str = "auto") -> Model:
-    """The model at `source`, on `mesh` (default: heads over as many devices as divide).
+    """The model at `source`, on the devices of `mesh` (default: all), laid out for decoding.
 
     `source` is what `open_source` takes. `dtype` is that of compute and of the parameters: "auto"
     is float32 on CPU and bfloat16 elsewhere. Raises InputError if there is no model at `source`,
     or a broken one.
     """
-    path = Path(source)
-    if checkpoint.is_run(path):
-        return _load_run(path, mesh, dtype)
     reader = open_source(source)
     config = dataclasses.replace(reader.config, dtype=dtype)
-    mesh = mesh or _tensor_mesh(config)
+    mesh = decode_mesh(config, jax.devices() if mesh is None else mesh.devices.ravel())
     params = read_params(reader, config, mesh)
     commit = reader.origin.get("commit")
     origin = f"{source} (commit {commit})" if commit else str(source)
-    return Model(config, params, mesh, _tokenizer(reader.tokenizer(), path), origin)
+    return Model(config, params, mesh, _tokenizer(reader.tokenizer(), Path(source)), origin)
 
 
 def open_source(source: str | Path) -> Reader:
@@ -111,33 +142,6 @@ def open_source(source: str | Path) -> Reader:
     )
 
 
-def _load_run(path: Path, mesh: Mesh | None, dtype: str) -> Model:
-    """Orbax reads our own layout as it is: every process its own shards."""
-    folder, step = checkpoint.locate(path)
-    _, meta = checkpoint.newest_meta(folder, step) or (0, {})
-    config = model_of_step(meta, folder)
-    config = dataclasses.replace(config, dtype=dtype)
-    mesh = mesh or _tensor_mesh(config)
-    shapes = model.abstract_params(config, mesh)
-
-    def like(meta: dict[str, Any]) -> dict[str, Params]:
-        return {"params": model.with_dtype(shapes, meta.get("params", "float32"))}
-
-    restored = checkpoint.restore(folder, like, step)
-    if restored is None:
-        raise InputError(f"{folder}: expected a checkpoint, found none: train first")
-    with jax.set_mesh(mesh):
-        params = _cast(restored.state["params"], model.compute_dtype(config))
-    files = tokenizers(folder)
-    origin = f"{folder.parent} at step {restored.step}"
-    return Model(config, params, mesh, _tokenizer(files, folder.parent), origin)
-
-
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def _cast(params: Params, dtype: Any) -> Params:
-    return jax.tree.map(lambda p: p.astype(dtype), params)
-
-
 def _tokenizer(files: dict[str, bytes], folder: Path) -> Tokenizer | None:
     for name in TOKENIZERS:
         if name in files:
@@ -146,80 +150,52 @@ def _tokenizer(files: dict[str, bytes], folder: Path) -> Tokenizer | None:
 
 
 def read_params(reader: Reader, config: ModelConfig, mesh: Mesh) -> Params:
-    """All parameters on `mesh`, in the layout of training and the dtype of compute.
+    """All parameters on `mesh`, as decoding has them (`decode.params`).
 
-    Every process calls it. Of each tensor it reads the rows that fall to its devices, in the order
+    Every process calls it. Of each matrix it reads the rows that fall to its devices, in the order
     of the mesh, so all of them read it once; vectors, which are small, are read by all.
     """
-    check_divides(config, mesh)
-    shapes, dtype = model.abstract_params(config, mesh), model.compute_dtype(config)
-    flat = {}
-    for row in TABLE:
-        target: Any = functools.reduce(lambda node, key: node[key], row.path.split("."), shapes)
-        spec = target.sharding.spec
-        if not row.stacked:
-            flat[row.path] = _on_mesh(reader, row, 0, config, mesh, spec, dtype)
-            continue
-        with jax.set_mesh(mesh):
-            stack = jnp.zeros(target.shape, dtype, out_sharding=P(None, *spec[1:]))
-        for layer in row.layers(config):
-            value = _on_mesh(reader, row, layer, config, mesh, P(*spec[1:]), dtype)
-            with jax.set_mesh(mesh):
-                stack = _set_layer(stack, layer, value)
-        flat[row.path] = jax.device_put(stack, target.sharding)
-    return nest(flat)
+    shapes = abstract_params(config, mesh)
+
+    def leaf(row: Row, layer: int) -> Any:
+        key = row.path.partition(".")[2]
+        like: Any = shapes["blocks"][layer][key] if row.stacked else shapes[row.path]
+        if isinstance(like, Packed):
+            values = _matrix(reader, row, layer, config, mesh, like.values)
+            return dataclasses.replace(like, values=values)
+        vector = reader.read(row, layer, 0, row.shape(config.sizes)[0])
+        ours = row.to_ours(vector, config.sizes).astype(like.dtype)
+        return put(ours, like.sharding.spec, mesh)
+
+    return tree(config, leaf)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: jax.Array, layer: jax.Array, value: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
-
-
-def _on_mesh(
-    reader: Reader, row: Row, layer: int, config: ModelConfig, mesh: Mesh, spec: P, dtype: Any
+def _matrix(
+    reader: Reader, row: Row, layer: int, config: ModelConfig, mesh: Mesh, like: Any
 ) -> jax.Array:
-    """One layer's tensor in our layout, sharded by `spec`."""
-    n, shape = config.sizes, row.shape(config.sizes)
-    if len(shape) == 1:
-        return put(row.to_ours(reader.read(row, layer, 0, shape[0]), n).astype(dtype), spec, mesh)
+    """One layer's matrix as `like` is, in shape, dtype and layout."""
+    J, K = row.shape(config.sizes)
     # Rows are dealt to all devices alike, the last ones padded. How they come from there to where
     # they belong is left to the compiler, so these meshes are not explicit.
     flat = Mesh(mesh.devices.reshape(-1), ("rows",), axis_types=(AxisType.Auto,))
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    each = -(-shape[0] // mesh.size)
-    by_rows = NamedSharding(flat, P("rows"))
+    each = -(-J // mesh.size)
 
     def rows(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(each * mesh.size)
-        found = reader.read(row, layer, min(start, shape[0]), min(stop, shape[0]))
+        found = reader.read(row, layer, min(start, J), min(stop, J))
         missing = stop - start - len(found)
         return np.pad(found, ((0, missing), (0, 0))) if missing else found
 
-    whole = each * mesh.size, shape[1]
-    dealt = jax.make_array_from_callback(whole, by_rows, rows, dtype=reader.dtype(row))
+    by_rows = NamedSharding(flat, P("rows"))
+    dealt = jax.make_array_from_callback(
+        (each * mesh.size, K), by_rows, rows, dtype=reader.dtype(row)
+    )
     with jax.set_mesh(flat):
-        value = _to_ours(row, tuple(n.items()), dtype, NamedSharding(auto, spec))(dealt)
-    return jax.device_put(value, NamedSharding(mesh, spec))
+        value = _placed(J, like.dtype, NamedSharding(auto, like.sharding.spec))(dealt)
+    return jax.device_put(value, like.sharding)
 
 
 @functools.cache
-def _to_ours(
-    row: Row, sizes: tuple[tuple[str, int], ...], dtype: Any, layout: NamedSharding
-) -> Callable[[jax.Array], jax.Array]:
-    n = dict(sizes)
-
-    def to_ours(rows: jax.Array) -> jax.Array:
-        return row.to_ours(rows[: row.shape(n)[0]].astype(dtype), n)
-
-    return jax.jit(to_ours, out_shardings=layout)
-
-
-def _tensor_mesh(config: ModelConfig) -> Mesh:
-    sizes = config.sizes
-    split = math.gcd(sizes["N"], sizes["F"], sizes["V"], jax.device_count())
-    if split < jax.device_count() and jax.process_count() > 1:
-        raise ConfigError(
-            f"heads, ffn and vocabulary divide over {split} of {jax.device_count()} devices, so "
-            "some processes would hold nothing: load onto a mesh of your own"
-        )
-    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=split), jax.devices()[:split])
+def _placed(J: int, dtype: Any, layout: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda rows: rows[:J].astype(dtype), out_shardings=layout)

@@ -1,72 +1,210 @@
-"""The key/value cache: per layer two arrays [B, S, N, H], a slot of S places for each row of B.
+"""The key/value cache: per layer two arrays [B, N, S, H], a slot of S places for each row of B.
 
-Rows are ragged: each begins at place 0 and counts its own length, so a short prompt wastes
-nothing and ALiBi needs no correction. What stands beyond a row's length is never attended to.
+Rows are ragged: each begins at place 0 and counts its own length, so a short prompt wastes nothing
+and ALiBi needs no correction. What stands beyond a row's length is never attended to. Slots are
+split over what the weights' width is (C in `sharding.RULES`) where they divide, heads as the heads
+of the products. In eight bits every key and every value has a scale of its own.
+
+Letters: B slots, S places, C tokens of a chunk, N heads, H head dim.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bloomjax.attention import attend
+from bloomjax.attention import alibi_slopes
 from bloomjax.config import ModelConfig
 from bloomjax.model import Attention, compute_dtype
-from bloomjax.sharding import act
+from bloomjax.sharding import act, offset_of, on_devices, split_of, sum_over
+
+
+class Held(NamedTuple):
+    """Keys, or values, of one layer: `values` [B, N, S, H]; `scales` float32 [B, N, S] if int8."""
+
+    values: jax.Array
+    scales: jax.Array | None
 
 
 class Cache(NamedTuple):
-    keys: tuple[jax.Array, ...]  # per layer [B, S, N, H]
-    values: tuple[jax.Array, ...]
-    lengths_B: jax.Array  # int32, tokens that each row holds
+    keys: tuple[Held, ...]  # of each layer
+    values: tuple[Held, ...]
 
 
-def empty_cache(config: ModelConfig, rows: int, length: int) -> Cache:
-    """A cache for `rows` sequences of up to `length` tokens, on the current mesh."""
-    shape = (rows, length, config.heads, config.width // config.heads)
+def slots_letter(slots: int) -> str:
+    """C where slots divide over the devices that split it, else B, which decoding never splits."""
+    return "B" if slots % split_of("C") else "C"
 
-    def zeros() -> tuple[jax.Array, ...]:
-        dtype = compute_dtype(config)
-        return tuple(
-            jnp.zeros(shape, dtype, out_sharding=act("BSNH")) for _ in range(config.layers)
-        )
 
-    return Cache(zeros(), zeros(), jnp.zeros(rows, jnp.int32, out_sharding=act("B")))
+def empty_cache(config: ModelConfig, slots: int, length: int, dtype: str = "auto") -> Cache:
+    """A cache for `slots` sequences of up to `length` tokens, on the current mesh.
+
+    `dtype` is "auto" (that of compute), "bfloat16", "float32" or "int8".
+    """
+    shape = (slots, config.heads, length, config.width // config.heads)
+    kind = compute_dtype(config) if dtype == "auto" else jnp.dtype(dtype)
+    axes = slots_letter(slots) + "NSH"
+
+    def held() -> Held:
+        values = jnp.zeros(shape, kind, out_sharding=act(axes))
+        if kind != jnp.int8:
+            return Held(values, None)
+        return Held(values, jnp.zeros(shape[:3], jnp.float32, out_sharding=act(axes[:3])))
+
+    def layers() -> tuple[Held, ...]:
+        return tuple(held() for _ in range(config.layers))
+
+    return Cache(layers(), layers())
 
 
 class CachedAttention:
-    """Attention of T new tokens a row to what the cache holds and to themselves.
+    """Hands each layer its attention over the cache, and collects what the layers write.
 
-    Hands each layer its attention, collects what the layers write, and gives the new cache: `T`
-    tokens are written at each row's length; `advance` of them count.
+    One token of every slot, at `positions_B`; or, with `slot`, C tokens of one, from place
+    `start` on. The rows of x are the slots, or the one slot.
     """
 
-    def __init__(self, config: ModelConfig, cache: Cache, T: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        cache: Cache,
+        positions_B: jax.Array | None = None,
+        slot: jax.Array | None = None,
+        start: jax.Array | None = None,
+    ):
         self._round = config.alibi_dtype == "compute"
-        self._cache = cache
         self._keys, self._values = list(cache.keys), list(cache.values)
-        self._positions_BT = cache.lengths_B[:, None] + jnp.arange(T)
+        self._at = (positions_B,) if slot is None else (slot, start)
+        self._local = _one_token if slot is None else _chunk
+
+    @property
+    def cache(self) -> Cache:
+        return Cache(tuple(self._keys), tuple(self._values))
 
     def layer(self, i: int) -> Attention:
-        def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
-            self._keys[i] = self._write(self._keys[i], k_BTNH)
-            self._values[i] = self._write(self._values[i], v_BTNH)
-            return attend(
-                q_BTNH,
-                self._keys[i],
-                self._values[i],
-                positions_BT=self._positions_BT,
-                round_alibi=self._round,
-            )
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            keys, values = self._keys[i], self._values[i]
+            letter = slots_letter(keys.values.shape[0])
+            rows = act((letter if self._local is _one_token else "1") + "SNH")
+            held = Held(act(letter + "NSH"), None if keys.scales is None else act(letter + "NS"))
+            at = (act(letter),) if self._local is _one_token else (act(""), act(""))
+            local = functools.partial(self._local, self._round, letter)
+            run = on_devices(local, (rows, rows, rows, held, held, *at), (rows, held, held))
+            out, self._keys[i], self._values[i] = run(q, k, v, keys, values, *self._at)
+            return jax.reshard(out, act("1SNH"))
 
         return attention
 
-    def _write(self, held_BSNH: jax.Array, new_BTNH: jax.Array) -> jax.Array:
-        def row(held: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(held, new.astype(held.dtype), (start, 0, 0))
 
-        new_BSNH = jax.reshard(new_BTNH, act("BSNH"))
-        return jax.vmap(row)(held_BSNH, new_BSNH, self._cache.lengths_B)
+def _one_token(
+    round_alibi: bool,
+    letter: str,
+    q_B1NH: jax.Array,
+    k_B1NH: jax.Array,
+    v_B1NH: jax.Array,
+    keys: Held,
+    values: Held,
+    positions_B: jax.Array,
+) -> tuple[jax.Array, Held, Held]:
+    """On a device: its slots and heads, one query each."""
+    keys = _write_each(keys, k_B1NH[:, 0], positions_B)
+    values = _write_each(values, v_B1NH[:, 0], positions_B)
+    q_BNTH = q_B1NH[:, 0, :, None]
+    out_BNTH = _attend(q_BNTH, keys, values, positions_B[:, None], round_alibi)
+    return out_BNTH[:, None, :, 0], keys, values
 
-    def advance(self, tokens_B: jax.Array) -> Cache:
-        return Cache(tuple(self._keys), tuple(self._values), self._cache.lengths_B + tokens_B)
+
+def _chunk(
+    round_alibi: bool,
+    letter: str,
+    q_1CNH: jax.Array,
+    k_1CNH: jax.Array,
+    v_1CNH: jax.Array,
+    keys: Held,
+    values: Held,
+    slot: jax.Array,
+    start: jax.Array,
+) -> tuple[jax.Array, Held, Held]:
+    """On a device: C queries of one slot. Where another device has the slot, nothing is written,
+    and what is computed for another slot is left out of the sum."""
+    slots = keys.values.shape[0]
+    here = slot - offset_of(letter, slots)
+    mine = (here >= 0) & (here < slots)
+    here = jnp.clip(here, 0, slots - 1)
+    keys = _write_chunk(keys, k_1CNH, here, start, mine)
+    values = _write_chunk(values, v_1CNH, here, start, mine)
+    row = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=here, slice_size=1)
+    positions_1C = (start + jnp.arange(q_1CNH.shape[1]))[None]
+    q_1NCH = q_1CNH.swapaxes(1, 2)
+    out_1NCH = _attend(
+        q_1NCH, jax.tree.map(row, keys), jax.tree.map(row, values), positions_1C, round_alibi
+    )
+    if split_of(letter) > 1:
+        out_1NCH = sum_over(letter, jnp.where(mine, out_1NCH, 0))
+    return out_1NCH.swapaxes(1, 2), keys, values
+
+
+def _attend(
+    q_BNTH: jax.Array, keys: Held, values: Held, positions_BT: jax.Array, round_alibi: bool
+) -> jax.Array:
+    """Softmax(q k / sqrt(H) + ALiBi) v -> [B, N, T, H] in q's dtype, of this device's heads."""
+    N, S, H = keys.values.shape[1:]
+    slopes = alibi_slopes(N * split_of("N"), np.float32 if round_alibi else np.float64)
+    slopes_N = jax.lax.dynamic_slice_in_dim(jnp.asarray(slopes), offset_of("N", N), N)
+    slopes_N11 = slopes_N[:, None, None]
+    dtype = q_BNTH.dtype
+    scores = jnp.einsum(
+        "BNTH,BNSH->BNTS", q_BNTH, keys.values.astype(dtype), preferred_element_type=jnp.float32
+    )
+    if keys.scales is not None:
+        scores *= keys.scales[:, :, None]
+    scores /= np.sqrt(H)
+    t, s = positions_BT[:, None, :, None], jnp.arange(S)
+    if round_alibi:
+        scores = (scores + (slopes_N11 * s).astype(dtype)).astype(dtype).astype(jnp.float32)
+    else:
+        scores += slopes_N11 * (s - t).astype(jnp.float32)
+    probs = jax.nn.softmax(jnp.where(s <= t, scores, -1e30), axis=-1)
+    if values.scales is not None:
+        probs *= values.scales[:, :, None]
+    return jnp.einsum("BNTS,BNSH->BNTH", probs.astype(dtype), values.values.astype(dtype))
+
+
+def _quantised(new: jax.Array, like: Held) -> Held:
+    """[..., H] as the cache holds it."""
+    if like.scales is None:
+        return Held(new.astype(like.values.dtype), None)
+    new = new.astype(jnp.float32)
+    scales = jnp.maximum(jnp.abs(new).max(-1), 1e-30) / 127
+    return Held(jnp.round(new / scales[..., None]).astype(jnp.int8), scales)
+
+
+def _write_each(held: Held, new_BNH: jax.Array, positions_B: jax.Array) -> Held:
+    """One token of every slot, each at its own place, in one scatter."""
+    rows_B = jnp.arange(len(positions_B))
+
+    def write(whole: jax.Array, new: jax.Array) -> jax.Array:
+        if len(rows_B) == 1:
+            # With the leading 1 XLA:CPU writes twice, for the loop and for the products, and copies
+            # the whole for it.
+            written = jax.lax.dynamic_update_index_in_dim(whole[0], new[0], positions_B[0], 1)
+            return written[None]
+        at = whole.at[rows_B, :, positions_B]
+        return at.set(new, mode="promise_in_bounds", unique_indices=True)
+
+    return jax.tree.map(write, held, _quantised(new_BNH, held))
+
+
+def _write_chunk(
+    held: Held, new_1CNH: jax.Array, slot: jax.Array, start: jax.Array, mine: jax.Array
+) -> Held:
+    """C tokens of one slot from place `start` on, unless the slot is another device's."""
+
+    def write(whole: Any, new: Any) -> Any:
+        at = (slot, 0, start) + (0,) * (whole.ndim - 3)
+        before = jax.lax.dynamic_slice(whole, at, new.shape)
+        return jax.lax.dynamic_update_slice(whole, jnp.where(mine, new, before), at)
+
+    return jax.tree.map(write, held, _quantised(new_1CNH.swapaxes(1, 2), held))

@@ -1,161 +1,206 @@
-"""Text from prompts: one prefill, then a few tokens a dispatch, streamed as they come.
+"""The engine: slots in which requests run, come and go, on two compiled programs.
 
-Letters: B rows (one a prompt), T prompt positions, S places of the cache, K tokens a dispatch, V
-vocabulary. Shapes are rounded up to powers
-of two, so few programs are compiled; the cache is donated from step to step.
+Letters: B slots, S places of a slot, K tokens a dispatch, V vocabulary. Shapes do not depend on
+requests: nothing is compiled once the few sizes of chunks, and the few kinds of sampling, have been
+seen (`programs`).
+
+The invariant: what a request gives depends on it alone, not on its slot, its neighbours, or when it
+was admitted. Every process of a mesh makes the same calls.
 """
 
-import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from bloomjax import model
 from bloomjax.config import ModelConfig
-from bloomjax.decode.cache import Cache, CachedAttention, empty_cache
-from bloomjax.decode.sampling import GREEDY, Sampling, choose, settings_of
+from bloomjax.decode import sampling
+from bloomjax.decode.programs import (
+    STOP_IDS,
+    LogitsFn,
+    State,
+    decode,
+    empty_state,
+    place,
+    round_up,
+    row_of,
+    take_prompt,
+    tokens_per_dispatch,
+)
+from bloomjax.decode.sampling import GREEDY, Features, Sampling, settings_of
 from bloomjax.errors import InputError
 from bloomjax.model import Params
-from bloomjax.sharding import act, put
+from bloomjax.sharding import put
 
-# Tokens between two looks at the host.
-TOKENS_PER_DISPATCH = 8
+# Of prompts, between two dispatches: those who write wait for them.
+PROMPT_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    prompt: Sequence[int]
+    max_new_tokens: int = 128
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()  # the request ends before any of these
 
 
 class Fresh(NamedTuple):
+    """What a dispatch wrote for one request."""
+
+    number: int
     ids: list[int]
     logprobs: list[float]  # of each id under the model, before any filter, in nats
+    done: bool
+
+
+@dataclasses.dataclass
+class _Slot:
+    """What the host knows of a request that has a slot."""
+
+    number: int
+    request: Request
+    taken: int = 0  # tokens of the prompt that are in the cache
 
 
 class Engine:
-    """Generates from a model on a mesh; `params` are those of a stack of blocks."""
+    """Runs requests on `slots` slots of `length` places; `params` as `decode.params` has them.
 
-    def __init__(self, config: ModelConfig, params: Params, mesh: Mesh):
-        self._config, self._mesh = config, mesh
-        with jax.set_mesh(mesh):
-            self._params = jax.jit(model.unroll)(params)
+    `logits_fn(logits_BV, tokens_BS, lengths_B)` gives the logits to choose from, after the model
+    and before everything of `Sampling`; it is compiled into the step (wrap what is not JAX in
+    jax.pure_callback). Raises DoesNotFitError where a mesh does not divide the model.
+    """
 
-    def generate(
+    def __init__(
         self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
+        config: ModelConfig,
+        params: Params,
+        mesh: Mesh,
         *,
-        seed: int = 0,
-        eos_id: int | None = None,
-    ) -> Iterator[list[Fresh]]:
-        """Yields, a dispatch at a time, what is new in each row; after `eos_id` nothing is.
-
-        Raises InputError for an empty prompt or an id outside of the vocabulary.
-        """
-        V = self._config.vocab_size
-        for row, prompt in enumerate(prompts):
-            if not prompt:
-                raise InputError(f"prompt {row} is empty: expected at least one token")
-            if wrong := [token for token in prompt if not 0 <= token < V]:
-                raise InputError(f"prompt {row} has id {wrong[0]}: expected 0 to {V - 1}")
-        if max_new_tokens < 1:
-            return
-        longest = max(map(len, prompts))
-        # a power of two each, and room for the last dispatch to overshoot
-        T = _round_up(longest)
-        S = _round_up(max(T, longest + max_new_tokens + TOKENS_PER_DISPATCH))
-        tokens_BT = np.zeros((len(prompts), T), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens_BT[row, : len(prompt)] = prompt
-        lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-
-        with jax.set_mesh(self._mesh):
-            place = functools.partial(put, mesh=self._mesh)
-            inputs = place(tokens_BT, act("BT")), place(lengths_B, act("B"))
-            seeds = np.arange(seed, seed + len(prompts), dtype=np.uint32)
-            seeds_B = place(seeds, act("B"))
-            last_B, logprob_B, cache = _prefill(
-                self._config, S, sampling, self._params, *inputs, seeds_B
+        slots: int = 8,
+        length: int = 2048,
+        cache_dtype: str = "auto",
+        logits_fn: LogitsFn | None = None,
+    ):
+        self._config, self._params, self._mesh, self._logits_fn = config, params, mesh, logits_fn
+        self.length = round_up(length)
+        with jax.set_mesh(mesh):
+            self._per_dispatch = tokens_per_dispatch(config)
+            self._state = jax.jit(empty_state, static_argnums=(0, 1, 2, 3))(
+                config, slots, self.length, cache_dtype
             )
-        running = [True] * len(prompts)
-        left, ids_BK, logprobs_BK = max_new_tokens, last_B[:, None], logprob_B[:, None]
-        while True:
-            fresh = []
-            for row, (ids, logprobs) in enumerate(
-                zip(np.asarray(ids_BK).tolist(), np.asarray(logprobs_BK).tolist(), strict=True)
-            ):
-                count = min(len(ids), left) if running[row] else 0
-                if eos_id in ids[:count]:
-                    count, running[row] = ids.index(eos_id), False
-                fresh.append(Fresh(ids[:count], logprobs[:count]))
-            yield fresh
-            left -= ids_BK.shape[1]
-            if left <= 0 or not any(running):
-                return
-            with jax.set_mesh(self._mesh):
-                last_B, cache, ids_BK, logprobs_BK = _decode(
-                    self._config, sampling, self._params, last_B, cache, seeds_B
+        self._features = Features()
+        self._slots: list[_Slot | None] = [None] * slots
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._numbers = self._slot_steps = self._written = 0
+
+    def submit(self, request: Request) -> int:
+        """Queues a request and gives its number. InputError for a prompt that is empty, has an id
+        outside of the vocabulary, or leaves no room in a slot."""
+        check(request, self._config, self.length)
+        self._waiting.append((self._numbers, request))
+        self._numbers += 1
+        return self._numbers - 1
+
+    def cancel(self, number: int) -> None:
+        """Ends a request where it is; it gives nothing more."""
+        self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
+        for b, slot in enumerate(self._slots):
+            if slot and slot.number == number:
+                self._slots[b] = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._waiting) or any(self._slots)
+
+    @property
+    def occupancy(self) -> float:
+        """Of the tokens that all slots could have written so far, the share that was written."""
+        return self._written / max(1, self._slot_steps)
+
+    def step(self) -> list[Fresh]:
+        """One round: requests are admitted, prompts taken in, K tokens of each slot written."""
+        with jax.set_mesh(self._mesh):
+            self._admit()
+            self._take_prompts()
+            ready_B = np.array([slot is not None and self._ready(slot) for slot in self._slots])
+            if not ready_B.any():
+                return []
+            self._state, found = decode(
+                self._config,
+                self._per_dispatch,
+                self._features,
+                self._logits_fn,
+                self._params,
+                self._state,
+                put(ready_B, P(None), self._mesh),
+            )
+        ids_KB, logprobs_KB, wrote_KB, running_B = jax.device_get(found)
+        self._slot_steps += wrote_KB.size
+        self._written += int(wrote_KB.sum())
+        fresh = []
+        for b, slot in enumerate(self._slots):
+            if slot is None or not ready_B[b]:
+                continue
+            wrote = wrote_KB[:, b]
+            done = not running_B[b]
+            fresh.append(
+                Fresh(slot.number, ids_KB[wrote, b].tolist(), logprobs_KB[wrote, b].tolist(), done)
+            )
+            if done:
+                self._slots[b] = None
+        return fresh
+
+    @staticmethod
+    def _ready(slot: _Slot) -> bool:
+        return slot.taken == len(slot.request.prompt) - 1
+
+    def _admit(self) -> None:
+        for b, slot in enumerate(self._slots):
+            if slot is None and self._waiting:
+                number, request = self._waiting.popleft()
+                self._slots[b] = _Slot(number, request)
+                self._features |= request.sampling.features
+                prompt, stops = request.prompt, request.stop_ids
+                settings = settings_of(
+                    [request.sampling], [request.seed], [len(prompt)], [stops], STOP_IDS
                 )
+                row = row_of(prompt, len(prompt) + request.max_new_tokens, settings, self.length)
+                cache, *rows = self._state
+                self._state = State(cache, *place(tuple(rows), np.int32(b), row))
+
+    def _take_prompts(self) -> None:
+        """Chunks of the prompts that are not in the cache yet, the first admitted first."""
+        left = PROMPT_TOKENS
+        pending = [(slot.number, b, slot) for b, slot in enumerate(self._slots) if slot]
+        for _, b, slot in sorted(pending, key=lambda entry: entry[0]):
+            prompt = slot.request.prompt
+            while left > 0 and not self._ready(slot):
+                arguments = self._config, self._params, self._state.cache, prompt, b, slot.taken
+                cache, tokens = take_prompt(*arguments)
+                self._state = self._state._replace(cache=cache)
+                slot.taken += tokens
+                left -= tokens
 
 
-def _round_up(n: int, least: int = 16) -> int:
-    return max(least, 1 << (n - 1).bit_length())
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(
-    config: ModelConfig,
-    S: int,
-    sampling: Sampling,
-    params: Params,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    seeds_B: jax.Array,
-) -> tuple[jax.Array, jax.Array, Cache]:
-    """The token after each prompt, its log-probability, and the cache that holds the prompts."""
-    B, T = tokens_BT.shape
-    bloom = model.bind(config, params, unrolled=True)
-    attention = CachedAttention(config, empty_cache(config, B, S), T)
-    x_BTD = bloom.decode(tokens_BT, attention.layer)
-    # only the last real position of each row needs the head
-    last_B1D = jax.vmap(lambda x_TD, i: x_TD[i])(x_BTD, lengths_B - 1)[:, None]
-    return *_next(bloom, last_B1D, sampling, seeds_B, lengths_B), attention.advance(lengths_B)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _decode(
-    config: ModelConfig,
-    sampling: Sampling,
-    params: Params,
-    last_B: jax.Array,
-    cache: Cache,
-    seeds_B: jax.Array,
-) -> tuple[jax.Array, Cache, jax.Array, jax.Array]:
-    """K more tokens of every row: the last of them, the cache, all of them, log-probabilities."""
-    bloom = model.bind(config, params, unrolled=True)
-
-    def one(carry: tuple[jax.Array, Cache], _: None) -> Any:
-        last_B, cache = carry
-        attention = CachedAttention(config, cache, 1)
-        x_B1D = bloom.decode(last_B[:, None], attention.layer)
-        cache = attention.advance(jnp.ones_like(last_B))
-        last_B, logprob_B = _next(bloom, x_B1D, sampling, seeds_B, cache.lengths_B)
-        return (last_B, cache), (last_B, logprob_B)
-
-    (last_B, cache), (ids_KB, logprobs_KB) = jax.lax.scan(
-        one, (last_B, cache), length=TOKENS_PER_DISPATCH
-    )
-    return last_B, cache, ids_KB.T, logprobs_KB.T
-
-
-def _next(
-    bloom: model.Bloom,
-    x_B1D: jax.Array,
-    sampling: Sampling,
-    seeds_B: jax.Array,
-    positions_B: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    logits_BV = jax.reshard(bloom.logits(x_B1D)[:, 0], act("B3"))  # the vocabulary in one piece
-    B = len(seeds_B)
-    settings = settings_of([sampling] * B, [0] * B, [0] * B, [()] * B)._replace(seeds_B=seeds_B)
-    return choose(logits_BV, None, positions_B, settings, sampling.features)
+def check(request: Request, config: ModelConfig, length: int) -> None:
+    """InputError, in one line, for a request that no slot of `length` can take."""
+    prompt, V = request.prompt, config.vocab_size
+    sampling.check(request.sampling, request.max_new_tokens)
+    if len(request.stop_ids) > STOP_IDS:
+        raise InputError(f"{len(request.stop_ids)} stop ids: expected at most {STOP_IDS}")
+    if not prompt:
+        raise InputError("the prompt is empty: expected at least one token")
+    if wrong := [token for token in prompt if not 0 <= token < V]:
+        raise InputError(f"the prompt has id {wrong[0]}: expected 0 to {V - 1}")
+    if len(prompt) + request.max_new_tokens > length:
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens, and {request.max_new_tokens} are to come: "
+            f"expected at most {length} together"
+        )
