@@ -9,7 +9,6 @@ the logits it sees a prompt's C candidates, and tells the device which rows go o
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -61,8 +60,8 @@ def check_beams(beams: Beams, sampling: Sampling, max_new_tokens: int) -> None:
         raise ConfigError(
             f"num_return_sequences is {beams.returned}: expected 1 to num_beams ({beams.number})"
         )
-    if not math.isfinite(beams.length_penalty):
-        raise ConfigError(f"length_penalty is {beams.length_penalty}: expected a finite number")
+    if not -10 <= beams.length_penalty <= 10:
+        raise ConfigError(f"length_penalty is {beams.length_penalty}: expected -10 to 10")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}: expected 1 or more")
     if sampling.features.draws:
@@ -105,26 +104,22 @@ def search(
         candidates = _candidates(logits_RV, scores_R, history, lengths_R, settings, features, K)
         scores_PC, parents_PC, ids_PC = map(np.asarray, candidates)
         ends_PC = np.isin(ids_PC, stop_ids) | (length == max_new_tokens)
+        divisor = np.float32(length**beams.length_penalty)
         parents_R, next_R = np.arange(P * K, dtype=np.int32), np.zeros(P * K, np.int32)
         for p in [p for p in range(P) if open_[p]]:
             # Ends are taken from the first K candidates; the others are there to go on with.
             for c in np.flatnonzero(ends_PC[p, :K]):
-                row = parents_PC[p, c]
-                ids = [
-                    *tokens_RS[row, len(prompts[p]) : lengths_R[row]].tolist(),
-                    int(ids_PC[p, c]),
-                ]
-                score = scores_PC[p, c] / np.float32(length**beams.length_penalty)
-                found[p].append(Hypothesis(ids[:-1] if ids[-1] in stop_ids else ids, float(score)))
-            found[p] = sorted(found[p], key=lambda h: -h.score)[:K]
-            going = np.flatnonzero(~ends_PC[p])[:K]
-            if not len(going):
-                continue
-            here = slice(p * K, (p + 1) * K)
-            scores_R[here] = scores_PC[p, going]
-            parents_R[here], next_R[here] = parents_PC[p, going], ids_PC[p, going]
-            best = float(scores_R[p * K]) / length**beams.length_penalty
-            open_[p] = len(found[p]) < K or best > found[p][-1].score
+                row, last = parents_PC[p, c], int(ids_PC[p, c])
+                ids = tokens_RS[row, len(prompts[p]) : lengths_R[row]].tolist()
+                ids += [] if last in stop_ids else [last]
+                found[p].append(Hypothesis(ids, float(scores_PC[p, c] / divisor)))
+            found[p] = sorted(found[p], key=lambda answer: -answer.score)[:K]
+            if length < max_new_tokens:
+                here, going = slice(p * K, (p + 1) * K), np.flatnonzero(~ends_PC[p])[:K]
+                parents_R[here], next_R[here] = parents_PC[p, going], ids_PC[p, going]
+                scores_R[here] = scores_PC[p, going]
+                best = float(scores_R[p * K] / divisor)
+                open_[p] = len(found[p]) < K or best > found[p][-1].score
         if length == max_new_tokens or not any(open_):
             break
         tokens_RS = tokens_RS[parents_R]
