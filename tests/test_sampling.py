@@ -107,6 +107,8 @@ def test_what_equals_the_threshold_stays() -> None:
     assert ids(Sampling(1.0, top_k=3, top_p=0.9)) == [0, 1, 2]
     assert ids(Sampling(1.0, min_p=0.25)) == [0, 1, 2]
     assert ids(Sampling(2.0, min_p=0.25)) == [0, 1, 2, 3, 4]  # after the temperature
+    logits[0, 1:] = -np.inf  # as processors leave them
+    assert ids(Sampling(1.0, top_k=4)) == ids(Sampling(1.0, top_p=0.9)) == [0]
 
 
 def test_no_ngram_comes_twice() -> None:
