@@ -65,6 +65,8 @@ struct Pairs {
 };
 template <typename W>
 constexpr int64_t kPer = std::is_same_v<W, Pairs> ? 2 : 1;
+template <typename W>
+constexpr bool kScaled = std::is_same_v<W, Pairs> || std::is_same_v<W, int8_t>;
 
 // GCC 12 makes scalar code of `__builtin_convertvector` from 8 and 16 bits.
 #ifdef __AVX2__
@@ -148,7 +150,7 @@ template <typename W>
 struct Product {
   const float* x;  // two rows at a time, their vectors taking turns; a last one as it is
   const W* w;
-  const float* scales;
+  const float* scales;  // [J, G]; of floats, whose G is 0, one that is not used
   float* y;
   int64_t M, J, I, G;
 
@@ -171,7 +173,6 @@ struct Product {
       add_products<2, R, true>(row, stride, scale, G, x, I, sums);
     } else {
       alignas(64) float wide[R * kTile];
-      const float one[R] = {};  // float32 has no scales
       for (int64_t i = 0; i < I; i += kTile) {
         const int64_t n = std::min(kTile, I - i);
         for (int r = 0; r < R; ++r)
@@ -184,9 +185,9 @@ struct Product {
                             scale[r * G + (G > 1 ? (i + u) / kUnit : 0)], v));}
         for (int64_t m = 0; m < M; m += 2)
           if (m + 1 < M)
-            add_products<2, R, false>(wide, kTile, one, 1, x + m * I + 2 * i, n, sums + m * R * kLanes);
+            add_products<2, R, false>(wide, kTile, scale, 0, x + m * I + 2 * i, n, sums + m * R * kLanes);
           else
-            add_products<1, R, false>(wide, kTile, one, 1, x + m * I + i, n, sums + m * R * kLanes);
+            add_products<1, R, false>(wide, kTile, scale, 0, x + m * I + i, n, sums + m * R * kLanes);
       }
     }
     for (int64_t m = 0; m < M; ++m)
@@ -225,9 +226,10 @@ template <typename W>
 ffi::Error run(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi::AnyBuffer& w,
                const ffi::Buffer<ffi::F32>& scales, ffi::Buffer<ffi::F32>& y) {
   const int64_t M = x.dimensions()[0], I = x.dimensions()[1];
-  const int64_t J = w.dimensions()[0], G = scales.dimensions()[1];
-  if (I % kUnit || w.dimensions()[1] * kPer<W> != I || scales.dimensions()[0] != J ||
-      (G != 1 && G != I / kUnit) || y.dimensions()[0] != M || y.dimensions()[1] != J)
+  const int64_t J = w.dimensions()[0], G = kScaled<W> ? scales.dimensions()[1] : 0;
+  if (I % kUnit || w.dimensions()[1] * kPer<W> != I || y.dimensions()[0] != M ||
+      y.dimensions()[1] != J || scales.element_count() == 0 ||
+      (kScaled<W> && (scales.dimensions()[0] != J || (G != 1 && G != I / kUnit))))
     return ffi::Error::InvalidArgument("bloomjax: x, weights, scales and result do not agree");
   const float* rows = x.typed_data();
   std::vector<float> turns(M > 1 ? M * I : 0);
