@@ -85,7 +85,7 @@ def _in_tiles(x_MI: jax.Array, values: jax.Array, scales: jax.Array | None) -> j
     J = values.shape[0]
     if values.dtype == jnp.float32:
         return some(0, J)
-    rows = max(_TILE // x_MI.shape[1], 1)
+    rows = min(max(_TILE // x_MI.shape[1], 1), J)
     tiles, rest = divmod(J, rows)
     y_TMJ = jax.lax.map(lambda t: some(t * rows, rows), jnp.arange(tiles))
     y_MJ = y_TMJ.swapaxes(0, 1).reshape(len(x_MI), tiles * rows)
