@@ -1,8 +1,8 @@
 """A weight as decoding reads it: a matrix with a row for each output, in as few bits as it has.
 
-Letters: M rows of x, J outputs, I inputs, G groups of I. The invariant: `multiply` reads the bytes
-that are stored; no weight is widened in memory. (On CPU without the kernel, or for many rows of x,
-a tile of it is.)
+Letters: M rows of x, J outputs, I inputs, G groups of I. The invariant: for few rows of x,
+`multiply` reads the bytes that are stored, and writes no widened weight to memory (on CPU without
+the kernel: a tile that stays in a cache).
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from bloomjax.kernels import cpu
 from bloomjax.sharding import on_cpu
 
 GROUP = 32  # inputs that share a scale in four bits, as in GGUF's Q4_0
+_FEW, _ROWS = 64, 16  # rows of x that share a read of weights in groups, in all and in a pass
 _TILE = 2**18  # weights that XLA:CPU widens at a time: a MiB of float32 stays in a cache
 
 
@@ -52,8 +53,9 @@ def unpacked(values: jax.Array) -> jax.Array:
     """uint8 [J, I / 2] of four-bit pairs -> int8 [J, I]."""
     J = values.shape[0]
     bytes_ = values.reshape(J, -1, 1, GROUP // 2)
-    pairs = jnp.concatenate([bytes_ & 15, bytes_ >> 4], axis=2).astype(jnp.int8) - 8
-    return pairs.reshape(J, -1)
+    pairs = jnp.concatenate([bytes_ & 15, bytes_ >> 4], axis=2)
+    # by way of int32: XLA:CPU (jax 0.10 and 0.11) takes uint8 -> int8 -> float32 for uint8 -> float32
+    return (pairs.astype(jnp.int32) - 8).astype(jnp.int8).reshape(J, -1)
 
 
 def multiply(x_MI: jax.Array, packed: Packed, dtype: jnp.dtype) -> jax.Array:
@@ -62,9 +64,32 @@ def multiply(x_MI: jax.Array, packed: Packed, dtype: jnp.dtype) -> jax.Array:
     if on_cpu():
         x_MI = x_MI.astype(jnp.float32)
         y_MJ = cpu.multiply(x_MI, values, scales)
-        return (_in_tiles(x_MI, values, scales) if y_MJ is None else y_MJ).astype(dtype)
-    w_JI = widened(packed, x_MI.dtype)
-    return jnp.einsum("MI,JI->MJ", x_MI, w_JI, preferred_element_type=dtype)
+        y_MJ = _in_tiles(x_MI, values, scales) if y_MJ is None else y_MJ
+    elif scales is not None and scales.shape[1] == 1:
+        w_JI = values.astype(x_MI.dtype)
+        y_MJ = jnp.einsum("MI,JI->MJ", x_MI, w_JI, preferred_element_type=jnp.float32)
+        y_MJ *= scales[:, 0]
+    elif scales is not None and len(x_MI) <= _FEW:
+        parts = (x_MI[m : m + _ROWS] for m in range(0, len(x_MI), _ROWS))
+        y_MJ = jnp.concatenate([_in_sums(part, values, scales) for part in parts])
+    else:
+        w_JI = widened(packed, x_MI.dtype)
+        y_MJ = jnp.einsum("MI,JI->MJ", x_MI, w_JI, preferred_element_type=dtype)
+    return y_MJ.astype(dtype)
+
+
+def _in_sums(x_MI: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+    """The product as a sum for each row of x, which XLA:GPU makes one pass over the weights of: as
+    operands of a product, those with scales by groups are written widened first."""
+    x_MGPk = x_MI.astype(jnp.float32).reshape(len(x_MI), scales.shape[1], -1, GROUP // 2)
+    if values.dtype == jnp.uint8:
+        bytes_ = values.reshape(*scales.shape, GROUP // 2)
+        parts = [half.astype(jnp.float32) - 8 for half in (bytes_ & 15, bytes_ >> 4)]
+    else:
+        parts = list(jnp.moveaxis(values.reshape(*scales.shape, 2, GROUP // 2), 2, 0))
+    w_PJGk = [part.astype(jnp.float32) * scales[..., None] for part in parts]
+    rows = (sum(w * x_GPk[:, p] for p, w in enumerate(w_PJGk)) for x_GPk in x_MGPk)
+    return jnp.stack([jnp.sum(row_JGk, (1, 2)) for row_JGk in rows])
 
 
 def _in_tiles(x_MI: jax.Array, values: jax.Array, scales: jax.Array | None) -> jax.Array:
