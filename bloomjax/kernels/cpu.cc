@@ -15,7 +15,8 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX2__
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define BLOOMJAX_AVX2
 #include <immintrin.h>
 #endif
 
@@ -25,7 +26,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-#ifdef __AVX2__
+#ifdef BLOOMJAX_AVX2
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
@@ -49,6 +50,18 @@ inline Vector<T> load(const void* from) {
   return v;
 }
 
+// a * b + c, rounded once where the processor can. Written out, since compilers contract at will.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#ifdef BLOOMJAX_AVX2
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA)
+  for (int l = 0; l < kLanes; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
 // Kinds of weights. `kPer` values an element; in Pairs, of four bits, byte k of 16 holds the values
@@ -69,7 +82,7 @@ template <typename W>
 constexpr bool kScaled = std::is_same_v<W, Pairs> || std::is_same_v<W, int8_t>;
 
 // GCC 12 makes scalar code of `__builtin_convertvector` from 8 and 16 bits.
-#ifdef __AVX2__
+#ifdef BLOOMJAX_AVX2
 inline __m128i eight(const void* from) { return _mm_loadl_epi64((const __m128i*)from); }
 inline Vector<int32_t> ints(const int8_t* w) {
   return (Vector<int32_t>)_mm256_cvtepi8_epi32(eight(w));
@@ -94,7 +107,7 @@ inline Floats widened(const Bfloat16* w, float, int v) {
 }
 
 inline Floats widened(const Float16* w, float, int v) {
-#if defined(__AVX2__) && defined(__F16C__)
+#ifdef BLOOMJAX_AVX2
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(w + v)));
 #else
   return __builtin_convertvector(load<_Float16>(w + v), Floats);
@@ -130,7 +143,7 @@ inline void add_products(const W* w, int64_t stride, const float* scales, int64_
       for (int b = 0; b < B; ++b) in[b] = load<float>(x + b * kLanes);
       for (int r = 0; r < R; ++r) {
         const Floats wide = widened(w + r * stride, scales[r * G], v);
-        for (int b = 0; b < B; ++b) acc[b][r] += wide * in[b];
+        for (int b = 0; b < B; ++b) acc[b][r] = multiply_add(wide, in[b], acc[b][r]);
       }
     }
   }

@@ -14,7 +14,7 @@ from bloomjax.kernels import cpu
 from bloomjax.sharding import on_cpu
 
 GROUP = 32  # inputs that share a scale in four bits, as in GGUF's Q4_0
-_FEW, _ROWS = 64, 16  # rows of x that share a read of weights in groups, in all and in a pass
+_ROWS, _FEW = 16, 64  # rows of x: that share one read of weights in groups; that are read for so
 _TILE = 2**18  # weights that XLA:CPU widens at a time: a MiB of float32 stays in a cache
 
 
@@ -54,7 +54,7 @@ def unpacked(values: jax.Array) -> jax.Array:
     J = values.shape[0]
     bytes_ = values.reshape(J, -1, 1, GROUP // 2)
     pairs = jnp.concatenate([bytes_ & 15, bytes_ >> 4], axis=2)
-    # by way of int32: XLA:CPU (jax 0.10 and 0.11) takes uint8 -> int8 -> float32 for uint8 -> float32
+    # by way of int32: XLA:CPU of jax 0.10 and 0.11 shortens uint8 -> int8 -> float32 wrongly
     return (pairs.astype(jnp.int32) - 8).astype(jnp.int8).reshape(J, -1)
 
 
@@ -69,9 +69,12 @@ def multiply(x_MI: jax.Array, packed: Packed, dtype: jnp.dtype) -> jax.Array:
         w_JI = values.astype(x_MI.dtype)
         y_MJ = jnp.einsum("MI,JI->MJ", x_MI, w_JI, preferred_element_type=jnp.float32)
         y_MJ *= scales[:, 0]
+    elif scales is not None and len(x_MI) <= _ROWS:
+        y_MJ = _in_sums(x_MI, values, scales)
     elif scales is not None and len(x_MI) <= _FEW:
-        parts = (x_MI[m : m + _ROWS] for m in range(0, len(x_MI), _ROWS))
-        y_MJ = jnp.concatenate([_in_sums(part, values, scales) for part in parts])
+        x_PMI = jnp.pad(x_MI, ((0, -len(x_MI) % _ROWS), (0, 0))).reshape(-1, _ROWS, x_MI.shape[1])
+        y_PMJ = jax.lax.map(lambda part: _in_sums(part, values, scales), x_PMI)
+        y_MJ = y_PMJ.reshape(-1, len(values))[: len(x_MI)]
     else:
         w_JI = widened(packed, x_MI.dtype)
         y_MJ = jnp.einsum("MI,JI->MJ", x_MI, w_JI, preferred_element_type=dtype)
