@@ -3,8 +3,7 @@
     pip install .
     python benchmarks/products.py            (6 minutes, 3 GB of memory)
 
-Each kind of weight is multiplied through enough copies that no cache helps (`BYTES` of them), one
-after another as the layers of a model are, by `bloomjax.kernels.packed.multiply`: with the kernel
+Each kind of weight is multiplied in enough copies that no cache helps, one after another as the layers of a model are, by `bloomjax.kernels.packed.multiply`: with the kernel
 and without. Bounds, measured in the same rounds: memory, by a matrix-vector product of NumPy's
 BLAS and by XLA's in float32 (the faster counts); arithmetic, by XLA's float32 product of 512 rows.
 `share` is of the larger of the two times that these bounds give. Rounds alternate over all that is
@@ -31,7 +30,7 @@ from bloomjax.kernels.packing import quantise
 SHAPES = [(3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096), (250_880, 1024)]
 KINDS = ["float32", "float16", "bfloat16", "int8", "int8 in groups", "int4"]
 ROWS = [1, 8]
-BYTES = 2**28
+BYTES, COPIES = 2**27, 64  # at least of the one, at most of the other
 
 
 @functools.cache
@@ -51,7 +50,7 @@ def copies(kind: str, shape: tuple[int, int]) -> tuple[list[Packed], int]:
     """And the bytes of one."""
     one = weights(kind, shape)
     size = sum(a.nbytes for a in jax.tree.leaves(one))
-    return [jax.tree.map(jnp.copy, one) for _ in range(max(1, -(-BYTES // size)))], size
+    return [jax.tree.map(jnp.copy, one) for _ in range(min(COPIES, -(-BYTES // size)))], size
 
 
 def chained(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -95,7 +94,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     ways = {"kernel": cpu.kernel(), "XLA": ""}
     before = bounds(rounds)
-    table = []
+    table: list[dict[str, Any]] = []
     for shape in SHAPES:
         for kind in KINDS:
             arrays, size = copies(kind, shape)
@@ -111,12 +110,9 @@ def main() -> None:
                     for way, run in runs.items():
                         took = seconds(run, jnp.ones((M, shape[1])), arrays)
                         times.setdefault(way, []).append(took / len(arrays))
-                table.append(
-                    {"shape": shape, "kind": kind, "M": M, "bytes": size, "seconds": times}
-                )
-                print(
-                    shape, kind, M, {w: statistics.median(t) for w, t in times.items()}, flush=True
-                )
+                row = {"shape": shape, "kind": kind, "M": M, "bytes": size, "seconds": times}
+                table.append(row)
+                print(row | {"seconds": {w: statistics.median(t) for w, t in times.items()}})
             weights.cache_clear()
     after = bounds(rounds)
     best = {name: max(before[name], after[name]) for name in before}

@@ -100,9 +100,8 @@ def _in_tiles(x_MI: jax.Array, values: jax.Array, scales: jax.Array | None) -> j
     are widened at a time, behind a barrier lest that be fused into the product."""
 
     def some(start: jax.Array | int, size: int) -> jax.Array:
-        w, s = (
-            None if a is None else jax.lax.dynamic_slice_in_dim(a, start, size)
-            for a in (values, scales)
+        w, s = jax.tree.map(
+            lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), (values, scales)
         )
         if w.dtype == jnp.bfloat16:  # as XLA:CPU converts it, ten times slower
             bits = jax.lax.bitcast_convert_type(w, jnp.uint16).astype(jnp.uint32) << 16
