@@ -3,11 +3,11 @@
     pip install .
     python benchmarks/products.py            (6 minutes, 3 GB of memory)
 
-Each kind of weight is multiplied in enough copies that no cache helps, one after another as the layers of a model are, by `bloomjax.kernels.packed.multiply`: with the kernel
-and without. Bounds, measured in the same rounds: memory, by a matrix-vector product of NumPy's
-BLAS and by XLA's in float32 (the faster counts); arithmetic, by XLA's float32 product of 512 rows.
-`share` is of the larger of the two times that these bounds give. Rounds alternate over all that is
-measured; medians, with the least and the most.
+Each kind of weight is multiplied in enough copies that no cache helps, one after another as the
+layers of a model are, by `bloomjax.kernels.packed.multiply`: with the kernel and without. Bounds,
+measured in the same run: memory, by a matrix-vector product of NumPy's BLAS and by XLA's in
+float32 (the faster counts); arithmetic, by XLA's float32 product of 512 rows. `share_of_bound` is
+of the larger of the two times that these give. Rounds alternate; medians, the least and the most.
 """
 
 import argparse
