@@ -182,19 +182,20 @@ def _quantised(new: jax.Array, like: Held) -> Held:
 
 
 def _write_each(held: Held, new_BNH: jax.Array, positions_B: jax.Array) -> Held:
-    """One token of every slot, each at its own place, in one scatter."""
-    rows_B = jnp.arange(len(positions_B))
+    """One token of every slot, each at its own place, in one scatter along the slots: in one over
+    pairs of slot and place, libtpu copies the whole cache into another layout and back."""
 
-    def write(whole: jax.Array, new: jax.Array) -> jax.Array:
-        if len(rows_B) == 1:
-            # With the leading 1 XLA:CPU writes twice, for the loop and for the products, and copies
-            # the whole for it.
-            written = jax.lax.dynamic_update_index_in_dim(whole[0], new[0], positions_B[0], 1)
-            return written[None]
-        at = whole.at[rows_B, :, positions_B]
-        return at.set(new, mode="promise_in_bounds", unique_indices=True)
+    def write(slot: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(slot, new, position, 1)
 
-    return jax.tree.map(write, held, _quantised(new_BNH, held))
+    def write_all(whole: jax.Array, new: jax.Array) -> jax.Array:
+        if len(whole) == 1:
+            # As a scatter of one, XLA:CPU writes twice, for the loop and for the products, and
+            # copies the whole for it (see `programs.decode` as well).
+            return write(whole[0], new[0], positions_B[0])[None]
+        return jax.vmap(write)(whole, new, positions_B)
+
+    return jax.tree.map(write_all, held, _quantised(new_BNH, held))
 
 
 def _write_chunk(
