@@ -7,34 +7,30 @@ its share of one tensor.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from bloomjax import checkpoint, model
 from bloomjax.attention import attend
 from bloomjax.config import ModelConfig
 from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
 from bloomjax.decode.engine import GREEDY, Engine, Fresh, LogitsFn, Request
-from bloomjax.decode.params import abstract_params, tree
+from bloomjax.decode.reading import read_params
 from bloomjax.decode.sampling import Sampling
 from bloomjax.errors import InputError
 from bloomjax.formats import hub
 from bloomjax.formats.gguf import GGUFReader
 from bloomjax.formats.hf import HFReader
 from bloomjax.formats.megatron import MegatronReader
-from bloomjax.formats.names import Row
 from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader
 from bloomjax.formats.tensors import Reader
-from bloomjax.kernels.packed import Packed
 from bloomjax.model import Params
-from bloomjax.sharding import decode_mesh, put, split_of
+from bloomjax.sharding import decode_mesh, split_of
 
 # Prompts of `Model.generate` that run at a time.
 MOST_SLOTS = 8
@@ -102,7 +98,12 @@ def _logits(config: ModelConfig, params: Params, tokens_BT: Any, segments_BT: An
     return bloom.logits(bloom.decode(tokens_BT, lambda _: attention))
 
 
-def load(source: str | Path, mesh: Mesh | None = None, dtype: str = "auto") -> Model:
+def load(
+    source: str | Path,
+    mesh: Mesh | None = None,
+    dtype: str = "auto",
+    quantize: str = "none",
+) -> Model:
     """The model at `source`, on the devices of `mesh` (default: all), laid out for decoding.
 
     `source` is what `open_source` takes. `dtype` is that of compute and of the parameters: "auto"
@@ -111,8 +112,8 @@ def load(source: str | Path, mesh: Mesh | None = None, dtype: str = "auto") -> M
     """
     reader = open_source(source)
     config = dataclasses.replace(reader.config, dtype=dtype)
-    mesh = decode_mesh(config, jax.devices() if mesh is None else mesh.devices.ravel())
-    params = read_params(reader, config, mesh)
+    mesh = decode_mesh(config, jax.devices() if mesh is None else list(mesh.devices.ravel()))
+    params = read_params(reader, config, mesh, quantize)
     commit = reader.origin.get("commit")
     origin = f"{source} (commit {commit})" if commit else str(source)
     return Model(config, params, mesh, _tokenizer(reader.tokenizer(), Path(source)), origin)
@@ -146,55 +147,3 @@ def _tokenizer(files: dict[str, bytes], folder: Path) -> Tokenizer | None:
         if name in files:
             return tokenizer_of(files[name], folder / name)
     return None
-
-
-def read_params(reader: Reader, config: ModelConfig, mesh: Mesh) -> Params:
-    """All parameters on `mesh`, as decoding has them (`decode.params`).
-
-    Every process calls it. Of each matrix it reads the rows that fall to its devices, in the order
-    of the mesh, so all of them read it once; vectors, which are small, are read by all.
-    """
-    shapes = abstract_params(config, mesh)
-
-    def leaf(row: Row, layer: int) -> Any:
-        key = row.path.partition(".")[2]
-        like: Any = shapes["blocks"][layer][key] if row.stacked else shapes[row.path]
-        if isinstance(like, Packed):
-            values = _matrix(reader, row, layer, config, mesh, like.values)
-            return dataclasses.replace(like, values=values)
-        vector = reader.read(row, layer, 0, row.shape(config.sizes)[0])
-        ours = row.to_ours(vector, config.sizes).astype(like.dtype)
-        return put(ours, like.sharding.spec, mesh)
-
-    return tree(config, leaf)
-
-
-def _matrix(
-    reader: Reader, row: Row, layer: int, config: ModelConfig, mesh: Mesh, like: Any
-) -> jax.Array:
-    """One layer's matrix as `like` is, in shape, dtype and layout."""
-    J, K = row.shape(config.sizes)
-    # Rows are dealt to all devices alike, the last ones padded. How they come from there to where
-    # they belong is left to the compiler, so these meshes are not explicit.
-    flat = Mesh(mesh.devices.reshape(-1), ("rows",), axis_types=(AxisType.Auto,))
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    each = -(-J // mesh.size)
-
-    def rows(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(each * mesh.size)
-        found = reader.read(row, layer, min(start, J), min(stop, J))
-        missing = stop - start - len(found)
-        return np.pad(found, ((0, missing), (0, 0))) if missing else found
-
-    by_rows = NamedSharding(flat, P("rows"))
-    dealt = jax.make_array_from_callback(
-        (each * mesh.size, K), by_rows, rows, dtype=reader.dtype(row)
-    )
-    with jax.set_mesh(flat):
-        value = _placed(J, like.dtype, NamedSharding(auto, like.sharding.spec))(dealt)
-    return jax.device_put(value, like.sharding)
-
-
-@functools.cache
-def _placed(J: int, dtype: Any, layout: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda rows: rows[:J].astype(dtype), out_shardings=layout)
