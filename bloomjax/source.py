@@ -1,36 +1,41 @@
 """A model from wherever it is, in whatever format, straight onto a mesh.
 
-The one invariant: of a tensor of a foreign file, every process reads the rows that its devices
-take, once; the devices turn them into our layout among themselves. No host ever holds more than
-its share of one tensor.
+The one invariant: what will not fit is refused before any of it is allocated. How tensors travel is
+`decode.reading`.
 """
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from bloomjax import checkpoint, model
+from bloomjax import checkpoint, memory, model
 from bloomjax.attention import attend
 from bloomjax.config import ModelConfig
 from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
-from bloomjax.decode.engine import GREEDY, Engine, Fresh, LogitsFn, Request
-from bloomjax.decode.reading import read_params
+from bloomjax.decode.cache import empty_cache
+from bloomjax.decode.engine import GREEDY, Engine, Fresh, LogitsFn, Request, round_up
+from bloomjax.decode.params import bytes_per_device
+from bloomjax.decode.reading import abstract_of, largest_tensor, read_params
 from bloomjax.decode.sampling import Sampling
-from bloomjax.errors import InputError
+from bloomjax.errors import DoesNotFitError, InputError
 from bloomjax.formats import hub
 from bloomjax.formats.gguf import GGUFReader
 from bloomjax.formats.hf import HFReader
 from bloomjax.formats.megatron import MegatronReader
 from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader
 from bloomjax.formats.tensors import Reader
+from bloomjax.metrics import amount
 from bloomjax.model import Params
 from bloomjax.sharding import decode_mesh, split_of
+
+log = logging.getLogger("bloomjax")
 
 # Prompts of `Model.generate` that run at a time.
 MOST_SLOTS = 8
@@ -55,8 +60,20 @@ class Model:
             segments_BT = None if segments_BT is None else jnp.pad(segments_BT, more)
             return _logits(self.config, self.params, tokens_BT, segments_BT)[:, :T]
 
-    def engine(self, slots: int, length: int, **options: Any) -> Engine:
-        """An engine for requests of up to `length` tokens; see `decode.engine.Engine`."""
+    def engine(self, slots: int, length: int, cache_dtype: str = "auto", **options: Any) -> Engine:
+        """An engine for requests of up to `length` tokens; see `decode.engine.Engine`.
+
+        DoesNotFitError if its cache is larger than the memory that is left.
+        """
+        needed = cache_bytes(self.config, self.mesh, CacheSize(slots, length, cache_dtype))
+        free = memory.free(self.mesh.local_devices)
+        if free is not None and needed > free:
+            raise DoesNotFitError(
+                f"expected {amount(needed)} of free memory on each device for the cache of {slots} "
+                f"slots of {length} tokens, found {amount(free)}: take fewer slots, a shorter "
+                "length, or --cache_dtype=int8"
+            )
+        options["cache_dtype"] = cache_dtype
         return Engine(self.config, self.params, self.mesh, slots=slots, length=length, **options)
 
     def generate(
@@ -98,25 +115,81 @@ def _logits(config: ModelConfig, params: Params, tokens_BT: Any, segments_BT: An
     return bloom.logits(bloom.decode(tokens_BT, lambda _: attention))
 
 
+class CacheSize(NamedTuple):
+    """What an engine will need beside the weights; see `decode.engine.Engine`."""
+
+    slots: int
+    length: int
+    dtype: str = "auto"
+
+
 def load(
     source: str | Path,
     mesh: Mesh | None = None,
     dtype: str = "auto",
     quantize: str = "none",
+    cache: CacheSize | None = None,
 ) -> Model:
     """The model at `source`, on the devices of `mesh` (default: all), laid out for decoding.
 
-    `source` is what `open_source` takes. `dtype` is that of compute and of the parameters: "auto"
-    is float32 on CPU and bfloat16 elsewhere. Raises InputError if there is no model at `source`,
-    or a broken one.
+    `source` is what `open_source` takes. `dtype` is that of compute: "auto" is float32 on CPU and
+    bfloat16 elsewhere. Matrices are held in it too, but for those that `quantize` makes int8 (a
+    scale for every output) or int4 (for every 32 inputs; a GGUF file's blocks of as many bits stay
+    as they are), and for 16-bit files on CPU with "auto", whose matrices stay in 16 bits.
+
+    What this needs is logged, and compared with the memory there is, before any of it is taken;
+    with the `cache` of an engine to come. Raises InputError if there is no model at `source`, or a
+    broken one, and DoesNotFitError.
     """
     reader = open_source(source)
     config = dataclasses.replace(reader.config, dtype=dtype)
     mesh = decode_mesh(config, jax.devices() if mesh is None else list(mesh.devices.ravel()))
+    _check_fits(source, reader, config, mesh, quantize, cache)
     params = read_params(reader, config, mesh, quantize)
     commit = reader.origin.get("commit")
     origin = f"{source} (commit {commit})" if commit else str(source)
     return Model(config, params, mesh, _tokenizer(reader.tokenizer(), Path(source)), origin)
+
+
+def _check_fits(
+    source: object,
+    reader: Reader,
+    config: ModelConfig,
+    mesh: Mesh,
+    quantize: str,
+    cache: CacheSize | None,
+) -> None:
+    """Says what a model needs. DoesNotFitError if a device of this process has less."""
+    shapes = abstract_of(reader, config, mesh, quantize)
+    weights, tensor = bytes_per_device(shapes), largest_tensor(reader, config, mesh)
+    slots = cache_bytes(config, mesh, cache) if cache else 0
+    needed, free = weights + tensor + slots, memory.free(mesh.local_devices)
+    what = f"{amount(weights)} of weights"
+    what += f", {amount(slots)} of cache" if cache else ""
+    what += f", {amount(tensor)} while they are read"
+    log.info(
+        "%s: %s parameters; needs %s on each of %d devices%s",
+        source,
+        f"{config.parameter_count:,}",
+        what,
+        mesh.size,
+        "" if free is None else f", where {amount(free)} are free",
+    )
+    if free is None or needed <= free:
+        return
+    small = bytes_per_device(abstract_of(reader, config, mesh, "int8")) + tensor + slots
+    less = f"--quantize=int8 ({amount(small)}), " if small <= free else ""
+    raise DoesNotFitError(
+        f"{source}: expected {amount(needed)} of free memory on each of {mesh.size} devices "
+        f"({what}), found {amount(free)}: take {less}a smaller model, or more devices"
+    )
+
+
+def cache_bytes(config: ModelConfig, mesh: Mesh, cache: CacheSize) -> int:
+    """Of an engine's cache, on each device of `mesh`."""
+    with jax.set_mesh(mesh):
+        make = functools.partial(empty_cache, config, cache.slots, round_up(cache.length))
+        return bytes_per_device(jax.eval_shape(functools.partial(make, cache.dtype)))
 
 
 def open_source(source: str | Path) -> Reader:

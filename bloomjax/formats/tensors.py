@@ -25,7 +25,7 @@ from bloomjax.formats.names import TABLE, Row, Sizes
 CONTEXT_LENGTH = 2048  # of BLOOM's training, and of whatever does not say
 PARAMS, MU, NU = KINDS = ("params", "moments.mu", "moments.nu")
 _ALIGNMENT = 64  # bytes
-_PIECE, _READERS = 16 << 20, min(8, os.cpu_count() or 1)
+_PIECE, _READERS = 4 << 20, min(8, os.cpu_count() or 1)
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -155,11 +155,12 @@ def pread_into(file: Path, offset: int, out: np.ndarray) -> None:
     try:
         handle = os.open(file, os.O_RDONLY)
         try:
+            starts = range(0, len(view), _PIECE)
+            pieces = [view[start : start + _PIECE] for start in starts]
+            places = [offset + start for start in starts]
             with ThreadPoolExecutor(_READERS) as pool:
-                starts = range(0, len(view), _PIECE)
-                pieces = [view[start : start + _PIECE] for start in starts]
-                places = [offset + start for start in starts]
-                done = sum(pool.map(functools.partial(_pread, handle), pieces, places))
+                at_once = pool.map if len(pieces) > 1 else map
+                done = sum(at_once(functools.partial(_pread, handle), pieces, places))
         finally:
             os.close(handle)
     except OSError as error:
