@@ -22,24 +22,23 @@ from bloomjax.decode.params import Form, abstract_params, grouped, is_matrix, tr
 from bloomjax.formats.gguf import GGUFReader
 from bloomjax.formats.names import TABLE, Row
 from bloomjax.formats.tensors import Reader
-from bloomjax.kernels import packing
 from bloomjax.kernels.packed import Packed
+from bloomjax.kernels.packing import from_gguf, quantise
 from bloomjax.model import Params, compute_dtype
 from bloomjax.sharding import on_cpu, put
 
 _ROWS = 256  # that are widened at a time
 
 
-Pack = tuple[Callable[[jax.Array, str], tuple[jax.Array, jax.Array]], str]  # of kernels.packing
+# GGUF's kinds whose blocks stay as they are, and for which `quantize`.
+_BLOCKS = {"Q8_0": "int8", "Q5_0": "int8", "Q4_0": "int4"}
 
 
 class _Rows(NamedTuple):
     """Where the rows of a matrix come from, and what is to be done with them."""
 
-    read: Callable[[int, int], np.ndarray]
-    width: int  # of a row as `read` gives it
-    dtype: Any
-    pack: Pack | None  # None: a cast at most
+    read: Callable[[int, int], tuple[np.ndarray, ...]]  # values, and scales if there are any
+    quantise: str  # on the devices, to this; or ""
     form: Form
 
 
@@ -81,22 +80,22 @@ def largest_tensor(reader: Reader, config: ModelConfig, mesh: Mesh) -> int:
 def _rows(
     reader: Reader, row: Row, layer: int, config: ModelConfig, mesh: Mesh, quantize: str
 ) -> _Rows:
-    width, stored = row.shape(config.sizes)[1], reader.dtype(row)
-    read = functools.partial(reader.read, row, layer)
+    def read(start: int, stop: int) -> tuple[np.ndarray, ...]:
+        return (reader.read(row, layer, start, stop),)
+
     if quantize == "none":
+        stored = reader.dtype(row)
         with jax.set_mesh(mesh):
             # On CPU compute is in float32, but 16 bits stay 16: it is exact, and less to read.
             kept = config.dtype == "auto" and on_cpu() and stored.itemsize == 2
             dtype = stored if kept else jnp.dtype(compute_dtype(config))
-        return _Rows(read, width, stored, None, dtype.name)
+        return _Rows(read, "", dtype.name)
     if isinstance(reader, GGUFReader) and grouped(config, mesh, row):
-        kind = reader.kind(row, layer)
-        if packing.BLOCKS.get(kind.name) == quantize:
-            blocks = functools.partial(reader.read_blocks, row, layer)
+        blocks, kind = reader.read_blocks, reader.kind(row, layer).name
+        if _BLOCKS.get(kind) == quantize:
             form = "int8 groups" if quantize == "int8" else quantize
-            pack = packing.from_blocks, kind.name
-            return _Rows(blocks, width // kind.block * kind.size, np.uint8, pack, form)
-    return _Rows(read, width, stored, (packing.quantised, quantize), quantize)
+            return _Rows(lambda *rows: from_gguf(blocks(row, layer, *rows), kind), "", form)
+    return _Rows(read, quantize, quantize)
 
 
 def _matrix(rows: _Rows, like: Packed, mesh: Mesh) -> Packed:
@@ -108,41 +107,52 @@ def _matrix(rows: _Rows, like: Packed, mesh: Mesh) -> Packed:
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
     by_rows = NamedSharding(flat, P("rows"))
     each = -(-J // mesh.size)
-
-    def read(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(each * mesh.size)
+    pieces = []
+    for device, (span, *_) in by_rows.addressable_devices_indices_map((each * mesh.size,)).items():
+        start, stop, _ = span.indices(each * mesh.size)
         found = rows.read(min(start, J), min(stop, J))
-        missing = stop - start - len(found)
-        return np.pad(found, ((0, missing), (0, 0))) if missing else found
-
-    shape = each * mesh.size, rows.width
-    dealt = jax.make_array_from_callback(shape, by_rows, read, dtype=rows.dtype)
-    found: Any = dealt, None
-    same = dealt.dtype == like.values.dtype and shape == like.values.shape
-    if rows.pack or not same or not by_rows.is_equivalent_to(like.values.sharding, 2):
-        wanted = like.values, like.scales
-        layouts = jax.tree.map(lambda a: NamedSharding(auto, a.sharding.spec), wanted)
-        found = _packed(J, rows.pack, like.values.dtype, by_rows, layouts)(dealt)
-    values, scales = jax.tree.map(
-        lambda a, b: jax.device_put(a, b.sharding), found, (like.values, like.scales)
-    )
+        missing = stop - start - len(found[0])
+        if missing:
+            found = tuple(np.pad(a, ((0, missing), (0, 0))) for a in found)
+        pieces.append([jax.device_put(a, device) for a in found])
+    dealt = [
+        jax.make_array_from_single_device_arrays(
+            (each * mesh.size, parts[0].shape[1]), by_rows, list(parts)
+        )
+        for parts in zip(*pieces, strict=True)
+    ]
+    wanted = [a for a in (like.values, like.scales) if a is not None]
+    if not all(map(_same, dealt, wanted)):
+        layouts = tuple(NamedSharding(auto, a.sharding.spec) for a in wanted)
+        dealt = _packed(J, rows.quantise, like.values.dtype, by_rows, layouts)(*dealt)
+    placed = [jax.device_put(a, b.sharding) for a, b in zip(dealt, wanted, strict=True)]
+    values, scales = placed if len(placed) == 2 else (*placed, None)
     return dataclasses.replace(like, values=values, scales=scales)
 
 
-@functools.cache
-def _packed(J: int, pack: Pack | None, dtype: Any, by_rows: NamedSharding, layouts: Any) -> Any:
-    def one(row: jax.Array) -> Any:
-        assert pack
-        return jax.tree.map(lambda a: a[0], pack[0](row[None], pack[1]))
+def _same(found: jax.Array, wanted: Any) -> bool:
+    """Whether nothing is left to be done."""
+    return (
+        found.shape == wanted.shape
+        and found.dtype == wanted.dtype
+        and found.sharding.is_equivalent_to(wanted.sharding, 2)
+    )
 
-    def on_device(rows: jax.Array) -> Any:  # some at a time: packing widens them
+
+@functools.cache
+def _packed(J: int, kind: str, dtype: Any, by_rows: NamedSharding, layouts: Any) -> Any:
+    def one(row: jax.Array) -> Any:
+        found = quantise(row[None].astype(jnp.float32), kind)
+        return jax.tree.map(lambda a: a[0], found)
+
+    @functools.partial(
+        jax.shard_map, mesh=by_rows.mesh, in_specs=by_rows.spec, out_specs=by_rows.spec
+    )
+    def quantised(rows: jax.Array) -> Any:  # some at a time: they are widened for it
         return jax.lax.map(one, rows, batch_size=_ROWS)
 
-    def run(dealt: jax.Array) -> Any:
-        if pack is None:
-            return dealt[:J].astype(dtype), None
-        spec = by_rows.spec
-        found = jax.shard_map(on_device, mesh=by_rows.mesh, in_specs=spec, out_specs=spec)(dealt)
-        return jax.tree.map(lambda a: a[:J], found)
+    def run(*dealt: jax.Array) -> Any:
+        values, *scales = quantised(*dealt) if kind else dealt
+        return values[:J].astype(dtype), *(a[:J] for a in scales)
 
     return jax.jit(run, out_shardings=layouts)
