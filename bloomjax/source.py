@@ -20,10 +20,11 @@ from bloomjax.attention import attend
 from bloomjax.config import ModelConfig
 from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
 from bloomjax.decode.cache import empty_cache
-from bloomjax.decode.engine import GREEDY, Engine, Fresh, LogitsFn, Request, round_up
+from bloomjax.decode.engine import Engine, Fresh, Request
 from bloomjax.decode.params import bytes_per_device
+from bloomjax.decode.programs import LogitsFn, round_up
 from bloomjax.decode.reading import abstract_of, largest_tensor, read_params
-from bloomjax.decode.sampling import Sampling
+from bloomjax.decode.sampling import GREEDY, Sampling
 from bloomjax.errors import DoesNotFitError, InputError
 from bloomjax.formats import hub
 from bloomjax.formats.gguf import GGUFReader
