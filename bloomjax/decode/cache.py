@@ -35,8 +35,11 @@ class Cache(NamedTuple):
 
 
 def slots_letter(slots: int) -> str:
-    """C where slots divide over the devices that split it, else B, which decoding never splits."""
-    return "B" if slots % split_of("C") else "C"
+    """C where slots divide over the devices that split it, else 1, which nothing splits. (Layouts
+    that name an axis of size 1 come back from a program without it, which would compile it anew.)
+    """
+    split = split_of("C")
+    return "C" if split > 1 and slots % split == 0 else "1"
 
 
 def empty_cache(config: ModelConfig, slots: int, length: int, dtype: str = "auto") -> Cache:
