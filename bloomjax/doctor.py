@@ -317,7 +317,8 @@ def folders(report: Report, workdir: Path) -> None:
     if not compiled:
         report.found["compiled"] = "kept nowhere"
         report.notes.append(
-            "every start compiles anew: JAX_COMPILATION_CACHE_DIR=FOLDER keeps what was compiled"
+            "every start of a training compiles anew: JAX_COMPILATION_CACHE_DIR=FOLDER keeps what "
+            "was compiled (generate keeps it without)"
         )
     elif "://" in compiled:
         report.found["compiled"] = compiled
