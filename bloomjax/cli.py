@@ -5,6 +5,7 @@ is global, so tests call entries in-process.
 """
 
 import logging
+import os
 import re
 import runpy
 import sys
@@ -133,6 +134,23 @@ def run(
             error, 1, f"bloomjax: a defect of ours: {type(error).__name__}: {one_line(error)}", argv
         )
     raise SystemExit(0)
+
+
+def keep_compiled() -> str | None:
+    """Keeps what is compiled from now on for the next start, and takes what is kept already; gives
+    where. A folder that the user has given JAX stays; None: they want none.
+
+    The cache may be removed at any time. Every program counts, since on CPU they compile fast, and
+    there are many.
+    """
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if not folder:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = os.path.join(base, "bloomjax", "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    return folder if jax.config.values["jax_enable_compilation_cache"] else None
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from bloomjax.config import ModelConfig, base_config, freeze
 from bloomjax.decode import params as decode_params
 from bloomjax.formats.names import TABLE, Row, nest
-from bloomjax.kernels.packed import Packed
+from bloomjax.kernels.packed import Packed, widened
 from bloomjax.model import Params, abstract_params, bind
 from bloomjax.sharding import act, make_mesh, put
 
@@ -52,6 +53,23 @@ def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
         for layer in row.layers(config):
             one = np.asarray(leaf[layer] if row.stacked else leaf)
             tensors[row.hf.format(layer)] = row.to_theirs(one, config.sizes)
+    return tensors
+
+
+def widened_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Parameters as decoding has them -> tensors under Hugging Face's names: matrices in the dtype
+    that they are held in, or float32 where they are quantised."""
+    tensors = {}
+    for row in TABLE:
+        for layer in row.layers(config):
+            key = row.path.rpartition(".")[2]
+            leaf: Any = params["blocks"][layer][key] if row.stacked else params[key]
+            if isinstance(leaf, Packed):
+                dtype = jnp.float32 if leaf.scales is not None else leaf.values.dtype
+                tensor = np.asarray(widened(leaf, dtype))
+            else:
+                tensor = row.to_theirs(np.asarray(leaf), config.sizes)
+            tensors[row.hf.format(layer)] = tensor
     return tensors
 
 
