@@ -26,12 +26,11 @@ from jax.sharding import PartitionSpec as P
 from bloomjax import model
 from bloomjax.config import ModelConfig
 from bloomjax.decode.cache import Cache, CachedAttention, empty_cache
-from bloomjax.decode.sampling import Features, Sampling, Settings, choose
+from bloomjax.decode.sampling import GREEDY, Features, Sampling, Settings, choose, settings_of
 from bloomjax.errors import InputError
 from bloomjax.model import Params
 from bloomjax.sharding import act, on_cpu, put
 
-GREEDY = Sampling()
 # Prompt tokens of a chunk, and of all chunks between two dispatches, at most: what runs waits.
 CHUNK = 512
 _SMALLEST_CHUNK = 16
@@ -174,13 +173,11 @@ class Engine:
             if slot is None and self._waiting:
                 number, request = self._waiting.popleft()
                 self._slots[b] = _Slot(number, request)
-                self._features |= Features.of(request.sampling)
+                self._features |= request.sampling.features
                 prompt, tokens_S = request.prompt, np.zeros(self.length, np.int32)
                 tokens_S[: len(prompt)] = prompt
                 limit = len(prompt) + request.max_new_tokens
-                settings = Settings.of(
-                    request.sampling, request.seed, request.stop_ids, len(prompt)
-                )
+                settings = _settings(request.sampling, request.seed, request.stop_ids, len(prompt))
                 row = tokens_S, np.int32(len(prompt)), np.int32(limit), settings
                 cache, *rows = self._state
                 self._state = State(cache, *_place(tuple(rows), np.int32(b), row))
@@ -238,7 +235,7 @@ def empty_state(config: ModelConfig, slots: int, length: int, cache_dtype: str) 
         return jnp.zeros(shape, value.dtype, out_sharding=P(*(None for _ in shape)))
 
     zero = np.int32(0)
-    rows = np.zeros(length, np.int32), zero, zero, Settings.of(GREEDY, 0, (), 0)
+    rows = np.zeros(length, np.int32), zero, zero, _settings(GREEDY, 0, (), 0)
     return State(empty_cache(config, slots, length, cache_dtype), *jax.tree.map(row, rows))
 
 
@@ -301,7 +298,8 @@ def _decode(
         if logits_fn is not None:
             logits_BV = logits_fn(logits_BV, tokens_BS, lengths_B)
         next_B, logprob_B = choose(logits_BV, tokens_BS, lengths_B, settings, features)
-        wrote_B = running_B & ~(next_B[:, None] == settings.stop_ids).any(-1)
+        next_B, logprob_B = (jax.reshard(x, P(None)) for x in (next_B, logprob_B))
+        wrote_B = running_B & ~(next_B[:, None] == settings.stop_ids_BE).any(-1)
         written_B = jnp.where(wrote_B, next_B, 0)
         tokens_BS = jax.vmap(
             lambda tokens_S, i, token: jax.lax.dynamic_update_index_in_dim(tokens_S, token, i, 0)
@@ -313,3 +311,9 @@ def _decode(
 
     (state, running_B), found_KB = jax.lax.scan(one, (state, ready_B), length=K)
     return state, (*found_KB, running_B)
+
+
+def _settings(sampling: Any, seed: int, stop_ids: Any, prompt_length: int) -> Settings:
+    """Of one slot; room for four ids that end it."""
+    rows = settings_of([sampling], [seed], [prompt_length], [stop_ids], 4)
+    return jax.tree.map(lambda row: row[0], rows)
