@@ -21,12 +21,9 @@ class Prompt:
     line: int = 0  # of a file, from 1
     fault: str = ""
 
-    def encode(self, tokenizer: Tokenizer | None) -> None:
+    def encode(self, tokenizer: Tokenizer) -> None:
         """Makes ids of a text."""
         if self.text is None or self.fault:
-            return
-        if tokenizer is None:
-            self.fault = "the model has no tokenizer: expected ids, found text"
             return
         try:
             self.text.encode()
@@ -37,8 +34,8 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Each line of the file: its text; or, of a file named .jsonl, an object with "prompt" (text) or
-    "prompt_ids" (integers), whose other keys are left alone.
+    """Each line of the file: its text; or, of a file named .jsonl, an object with "prompt" (text)
+    or "prompt_ids" (integers), whose other keys are left alone.
 
     InputError if the file cannot be read, or has no line.
     """
@@ -86,9 +83,9 @@ def _object(line: str) -> Prompt:
         if not isinstance(value, str):
             return Prompt(fault=f"prompt: expected text, found {_kind(value)}")
         return _text(value)
-    if not isinstance(value, list) or not all(type(i) is int for i in value):
-        wrong = value if not isinstance(value, list) else next(i for i in value if type(i) is not int)
-        return Prompt(fault=f"prompt_ids: expected integers, found {_kind(wrong)}")
+    wrong = [i for i in value if type(i) is not int] if isinstance(value, list) else [value]
+    if wrong:
+        return Prompt(fault=f"prompt_ids: expected integers, found {_kind(wrong[0])}")
     return Prompt(ids=value) if value else Prompt(fault=EMPTY)
 
 

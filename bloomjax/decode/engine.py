@@ -31,7 +31,7 @@ from bloomjax.errors import InputError
 from bloomjax.model import Params
 from bloomjax.sharding import act, on_cpu, put
 
-# Prompt tokens of a chunk, and of all chunks between two dispatches, at most: what runs waits.
+# Prompt tokens of a chunk at most.
 CHUNK = 512
 _SMALLEST_CHUNK = 16
 # jax.Array of float32 logits, tokens and lengths -> logits; see `Engine`
@@ -78,6 +78,9 @@ class _Slot:
 class Engine:
     """Runs requests on `slots` slots of `length` places; `params` as `decode.params` has them.
 
+    `prompt_tokens` are taken in between two dispatches, at most: what runs waits for them. Where
+    nobody watches, let there be no limit: slots that wait for their prompts write nothing.
+
     `logits_fn(logits_BV, tokens_BS, lengths_B)` gives the logits to choose from, after the model
     and before everything of `Sampling`; it is compiled into the step (wrap what is not JAX in
     jax.pure_callback). Raises DoesNotFitError where a mesh does not divide the model.
@@ -92,10 +95,12 @@ class Engine:
         slots: int = 8,
         length: int = 2048,
         cache_dtype: str = "auto",
+        prompt_tokens: int = CHUNK,
         logits_fn: LogitsFn | None = None,
     ):
         self._config, self._params, self._mesh, self._logits_fn = config, params, mesh, logits_fn
         self.length = round_up(length)
+        self._prompt_tokens = prompt_tokens
         with jax.set_mesh(mesh):
             self._per_dispatch = tokens_per_dispatch(config)
             self._state = jax.jit(empty_state, static_argnums=(0, 1, 2, 3))(
@@ -130,6 +135,16 @@ class Engine:
     def occupancy(self) -> float:
         """Of the tokens that all slots could have written so far, the share that was written."""
         return self._written / max(1, self._slot_steps)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values, of all slots and devices."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.cache))
+
+    @property
+    def written(self) -> int:
+        """Tokens so far."""
+        return self._written
 
     def step(self) -> list[Fresh]:
         """One round: requests are admitted, prompts taken in, K tokens of each slot written."""
@@ -184,7 +199,7 @@ class Engine:
 
     def _take_prompts(self) -> None:
         """Chunks of the prompts that are not in the cache yet, the first admitted first."""
-        left = CHUNK
+        left = self._prompt_tokens
         pending = [(slot.number, b, slot) for b, slot in enumerate(self._slots) if slot]
         for _, b, slot in sorted(pending, key=lambda entry: entry[0]):
             prompt = slot.request.prompt

@@ -1,11 +1,14 @@
-"""Text as it comes: ids in, printable text out, until a stop string.
+"""Answers as they come: ids in, printable text out, until a stop string.
 
 The one invariant: what has been given is final. It holds no part of a stop string, nor half a
 character, and however the text is cut into tokens, all that is given is the same.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
+
+from bloomjax.decode.engine import Fresh, Request
 
 
 class Stream(Protocol):
@@ -19,7 +22,7 @@ class Stream(Protocol):
 class Text:
     """One answer. `text` is all that has been given; `stopped`, whether a stop string came.
 
-    Of several stop strings the one that is complete first ends the text, which ends where it begins.
+    Of several stop strings the first to be complete ends the text, which ends where it begins.
     """
 
     def __init__(self, stream: Stream, stops: Sequence[str] = ()):
@@ -56,3 +59,51 @@ class Text:
             if any(stop.startswith(text[at:]) for stop in self._stops):
                 return at
         return len(text)
+
+
+class Answer:
+    """What has come of a request so far.
+
+    `finish` is "length" when its tokens were used up, "stop" at one of its `stop_ids` or at a stop
+    string, "" until then. `ids` are the new ones, also those that spell a stop string.
+    """
+
+    def __init__(self, request: Request, text: Text | None = None):
+        self.request, self.text = request, text
+        self.ids: list[int] = []
+        self.logprob = 0.0  # of all of them together, in nats
+        self.finish = ""
+        self._begun = self._first = self._last = 0.0
+        self._at_first = 0
+
+    def begin(self) -> None:
+        """Time counts from here."""
+        self._begun = time.perf_counter()
+
+    def take(self, fresh: Fresh) -> str:
+        """The text that these tokens make final."""
+        given = ""
+        for token, logprob in zip(fresh.ids, fresh.logprobs, strict=True):
+            self.ids.append(token)
+            self.logprob += logprob
+            given += self.text.feed(token) if self.text else ""
+            if self.text and self.text.stopped:
+                self.finish = "stop"
+                break
+        if fresh.done and not self.finish:
+            given += self.text.end() if self.text else ""
+            self.finish = "length" if len(self.ids) == self.request.max_new_tokens else "stop"
+        self._last = time.perf_counter()
+        if not self._first:
+            self._first, self._at_first = self._last, len(self.ids)
+        return given
+
+    @property
+    def seconds_to_first_token(self) -> float:
+        return self._first - self._begun
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding: of what came after the first dispatch; 0.0 where nothing did."""
+        seconds = self._last - self._first
+        return (len(self.ids) - self._at_first) / seconds if seconds else 0.0

@@ -1,0 +1,91 @@
+"""What an entry spends its time on: stages, one after the other, and compiles among them.
+
+The one invariant: all goes to stderr, and but for a long compile nothing is said unasked.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_LONG = 5.0  # seconds after which a compile is worth a word
+_BEGUN = "/jax/compilation_cache/compile_requests_use_cache"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_TRACED = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+)
+
+
+class Stages:
+    """Inside of its `with`, compiles are noticed; `loud`, everything is told as it ends."""
+
+    def __init__(self, loud: bool):
+        self._speaks = jax.process_index() == 0
+        self._loud = loud and self._speaks
+        self._last = time.perf_counter() - _age()
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # of each program's compile
+        self._compiled: set[str] = set()
+        self._timer = threading.Timer(0, lambda: None)
+
+    def __enter__(self) -> "Stages":
+        jax.monitoring.register_event_listener(self._event)
+        jax.monitoring.register_event_duration_secs_listener(self._duration)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._timer.cancel()
+        jax.monitoring.unregister_event_listener(self._event)
+        jax.monitoring.unregister_event_duration_listener(self._duration)
+
+    def done(self, stage: str) -> None:
+        """A stage ends here; it began where the one before it ended."""
+        now = time.perf_counter()
+        self.say(f"{stage}: {now - self._last:.2f} s")
+        self._last = now
+
+    def say(self, line: str) -> None:
+        if self._loud:
+            print(line, file=sys.stderr, flush=True)
+
+    def tell_compiles(self) -> None:
+        """Of each program, the time to trace it and to compile it, or to find it compiled."""
+        times = sorted(((self._seconds[name], name) for name in self._compiled), reverse=True)
+        told = [f"{name} {seconds:.2f} s" for seconds, name in times if seconds >= 0.05]
+        self.say(f"of that, compiling {len(times)} programs: {sum(s for s, _ in times):.2f} s")
+        self.say(f"  {', '.join(told)}")
+
+    def _event(self, event: str, **_: Any) -> None:
+        if event == _BEGUN and self._speaks:
+            self._timer.cancel()
+            self._timer = threading.Timer(_LONG, self._long)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _duration(self, event: str, seconds: float, fun_name: str = "", **_: Any) -> None:
+        name = fun_name.removeprefix("jit(").removesuffix(")").strip("_")
+        if event == _COMPILED:
+            self._timer.cancel()
+            self._compiled.add(name)
+        if event == _COMPILED or event in _TRACED:
+            self._seconds[name] += seconds
+
+    def _long(self) -> None:
+        folder = jax.config.jax_compilation_cache_dir
+        kept = f"; kept for the next time in {folder}" if folder else ""
+        print(f"compiling takes its time{kept}", file=sys.stderr, flush=True)
+
+
+def _age() -> float:
+    """Seconds since this process began; where nothing tells, those that it worked."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        begun = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - begun
+    except (OSError, AttributeError):
+        return time.process_time()
