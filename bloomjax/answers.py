@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from bloomjax.data.files import Progress
 from bloomjax.data.prompts import Prompt
-from bloomjax.decode.engine import Engine
+from bloomjax.decode.beam import Beams, Steps, search
+from bloomjax.decode.engine import Engine, Fresh
 from bloomjax.decode.text import Answer
 
 Pieces = Iterable[tuple[Answer, str]]  # whose, and the text that came
@@ -53,6 +55,26 @@ def together(engine: Engine, answers: Sequence[Answer], slots: int) -> Iterator[
                 del running[fresh.number]
                 if not fresh.done:  # at a stop string, of which the engine knows nothing
                     engine.cancel(fresh.number)
+            yield answer, text
+
+
+def searched(
+    steps: Steps, mesh: Mesh, answers: Sequence[Answer], beams: Beams
+) -> Iterator[tuple[Answer, str]]:
+    """Prompt after prompt, `beams.returned` answers to each, which follow one another: the best of
+    a search, the best first."""
+    for first in range(0, len(answers), beams.returned):
+        group = answers[first : first + beams.returned]
+        for answer in group:
+            answer.begin()
+        asked = group[0].request
+        prompts, options = [asked.prompt], (asked.sampling, asked.stop_ids)
+        with jax.set_mesh(mesh):
+            (found,) = search(steps, prompts, asked.max_new_tokens, beams, *options)
+        for answer, (ids, score) in zip(group, found, strict=True):
+            text = answer.take(Fresh(0, ids, [0.0] * len(ids), True))
+            length = len(ids) + (answer.finish == "stop")  # with the id that ends it
+            answer.logprob = score * length**beams.length_penalty
             yield answer, text
 
 

@@ -17,13 +17,14 @@ import jax
 from absl import flags
 
 from bloomjax import cli, source
-from bloomjax.answers import Entry, Pieces, even, print_all, print_stream, rate, together
+from bloomjax.answers import Entry, Pieces, even, print_all, print_stream, rate, searched, together
 from bloomjax.data.prompts import EMPTY, Prompt, read_prompts
 from bloomjax.decode.beam import Beams, check_beams
 from bloomjax.decode.engine import Request
 from bloomjax.decode.engine import check as check_request
 from bloomjax.decode.sampling import Sampling, check
 from bloomjax.decode.text import Answer, Text
+from bloomjax.decode.steps import CachedSteps
 from bloomjax.errors import ConfigError, InputError
 from bloomjax.metrics import amount
 from bloomjax.sharding import on_cpu
@@ -84,7 +85,7 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     stages = Stages(values.verbose)
     stages.done("imports")
-    sampling, _ = check_flags(values)
+    sampling, beams = check_flags(values)
     prompts = given(values)
     with stages:
         model = source.load(values.model, dtype=values.dtype)
@@ -98,16 +99,16 @@ def main(values: flags.FlagValues) -> None:
         for index, prompt in enumerate(prompts):
             entries += entries_of(index, prompt, model, values, sampling)
         answers = [entry.answer for entry in entries if entry.answer]
+        length = max((len(a.request.prompt) for a in answers), default=0) + values.max_new_tokens
         pieces: Pieces = ()
         note: Callable[[], str] = str
-        if answers:
-            longest = max(len(answer.request.prompt) for answer in answers)
+        if beams:
+            steps = CachedSteps(model.config, model.params, model.mesh, length, values.cache_dtype)
+            pieces = searched(steps, model.mesh, answers, beams)
+        elif answers:
             slots = even(len(answers), _CPU_SLOTS if on_cpu() else _SLOTS)
             engine = model.engine(
-                slots,
-                longest + values.max_new_tokens,
-                cache_dtype=values.cache_dtype,
-                prompt_tokens=sys.maxsize,
+                slots, length, cache_dtype=values.cache_dtype, prompt_tokens=sys.maxsize
             )
             stages.say(f"{slots} slots of {engine.length} tokens, {amount(engine.cache_bytes)}")
             pieces, note = together(engine, answers, slots), rate(engine)
@@ -116,6 +117,7 @@ def main(values: flags.FlagValues) -> None:
         else:
             print_all(entries, pieces, values.json, values.prompts_file or "", note)
         stages.done("write")
+        stages.say(note())
         stages.tell_compiles()
     if bad := sum(bool(prompt.fault) for prompt in prompts):
         raise InputError(

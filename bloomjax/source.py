@@ -21,8 +21,9 @@ from bloomjax import checkpoint, model
 from bloomjax.attention import attend
 from bloomjax.config import ModelConfig
 from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
-from bloomjax.decode.engine import Engine, Fresh, LogitsFn, Request
+from bloomjax.decode.engine import Engine, Fresh, Request
 from bloomjax.decode.params import abstract_params, tree
+from bloomjax.decode.programs import LogitsFn
 from bloomjax.decode.sampling import GREEDY, Sampling
 from bloomjax.errors import InputError
 from bloomjax.formats import hub

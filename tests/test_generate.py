@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from foreign import Memory, copy
 from helpers import model_config
@@ -50,7 +51,11 @@ def tokenizer(model: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def run(model: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """On one device: programs of several take long to compile."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+
     def call(*flags: str, model: Path = model) -> Ended:
         return inside(generate, [f"--model={model}", *flags], capfd, join=False)
 
@@ -97,6 +102,20 @@ def test_several_texts_have_seeds_of_their_own(run: Run) -> None:
     plain = run(*flags[:-1], "--seed=4", "--num_return_sequences=3").out
     texts = enumerate((record["text"] for record in together), 1)
     assert plain == "".join(f"=== text {i}\n{text}\n" for i, text in texts)
+
+
+def test_beams_find_a_likelier_text(run: Run) -> None:
+    flags = ("--prompt_ids=5,6,7", "--max_new_tokens=6", "--json")
+    (greedy,) = records(run(*flags))
+    found = records(run(*flags, "--num_beams=3", "--num_return_sequences=2"))
+    assert found[0]["logprob"] >= found[1]["logprob"]
+    assert found[0]["logprob"] >= greedy["logprob"] - 1e-4
+    assert found[0]["token_ids"] != found[1]["token_ids"]
+    for record in found:
+        ids = ",".join(map(str, record["prompt_ids"] + record["token_ids"][:-1]))
+        assert list(record) == FIELDS and record["tokens_per_second"] > 0
+    best = run(*flags[:-1], "--num_beams=3").out
+    assert best == found[0]["text"] + "\n"
 
 
 def test_a_model_without_a_tokenizer(run: Run, model: Path) -> None:

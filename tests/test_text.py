@@ -86,10 +86,14 @@ def test_an_answer_ends_at_a_stop_string_at_its_limit_or_at_an_id() -> None:
 def test_the_rate_is_of_what_came_after_the_first_dispatch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = iter([10.0, 13.0, 15.0])
+    clock = iter([10.0, 13.0, 15.0, 20.0, 22.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     answer = Answer(Request([1], max_new_tokens=6))
     answer.begin()
     answer.take(Fresh(0, [0, 1], [0.0, 0.0], False))
     answer.take(Fresh(0, [0, 1, 2, 3], [0.0] * 4, True))
     assert answer.seconds_to_first_token == 3.0 and answer.tokens_per_second == 2.0
+    short = Answer(Request([1], max_new_tokens=6))
+    short.begin()
+    short.take(Fresh(0, [0, 1, 2], [0.0] * 3, True))
+    assert short.seconds_to_first_token == 2.0 and short.tokens_per_second == 1.5

@@ -183,12 +183,18 @@ def _quantised(new: jax.Array, like: Held) -> Held:
 
 def _write_each(held: Held, new_BNH: jax.Array, positions_B: jax.Array) -> Held:
     """One token of every slot, each at its own place, in one scatter."""
+    rows_B = jnp.arange(len(positions_B))
 
-    def write(slot: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(slot, new, position, 1)
+    def write(whole: jax.Array, new: jax.Array) -> jax.Array:
+        if len(rows_B) == 1:
+            # With the leading 1 XLA:CPU writes twice, for the loop and for the products, and copies
+            # the whole for it.
+            written = jax.lax.dynamic_update_index_in_dim(whole[0], new[0], positions_B[0], 1)
+            return written[None]
+        at = whole.at[rows_B, :, positions_B]
+        return at.set(new, mode="promise_in_bounds", unique_indices=True)
 
-    write = jax.vmap(write)
-    return jax.tree.map(lambda h, n: write(h, n, positions_B), held, _quantised(new_BNH, held))
+    return jax.tree.map(write, held, _quantised(new_BNH, held))
 
 
 def _write_chunk(

@@ -104,6 +104,9 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: of what came after the first dispatch; 0.0 where nothing did."""
-        seconds = self._last - self._first
-        return (len(self.ids) - self._at_first) / seconds if seconds else 0.0
+        """Of decoding: of what came after the first dispatch; of all, prompt included, if all came
+        at once."""
+        since, before = self._first, self._at_first
+        if before == len(self.ids):
+            since, before = self._begun, 0
+        return (len(self.ids) - before) / (self._last - since)
