@@ -12,6 +12,7 @@ Texts go to stdout, in the order of the prompts, all else to stderr.
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -23,8 +24,8 @@ from bloomjax.decode.beam import Beams, check_beams
 from bloomjax.decode.engine import Request
 from bloomjax.decode.engine import check as check_request
 from bloomjax.decode.sampling import Sampling, check
-from bloomjax.decode.text import Answer, Text
 from bloomjax.decode.steps import CachedSteps
+from bloomjax.decode.text import Answer, Text
 from bloomjax.errors import ConfigError, InputError
 from bloomjax.metrics import amount
 from bloomjax.sharding import on_cpu
@@ -144,7 +145,8 @@ def check_flags(values: flags.FlagValues) -> tuple[Sampling, Beams | None]:
         raise ConfigError(
             f"--stream with {others[0]}: expected one of the two; only a text alone can stream"
         )
-    sampling = Sampling(*(values[name].value for name in Sampling._fields))
+    fields: list[Any] = [values[name].value for name in Sampling._fields]
+    sampling = Sampling(*fields)
     count = values.num_return_sequences
     if values.num_beams != 1:
         beams = Beams(values.num_beams, values.length_penalty, count)
@@ -228,7 +230,9 @@ def entries_of(
     if prompt.fault:
         return [Entry(prompt)]
     return [
-        Entry(prompt, i, Answer(request, tokenizer and Text(tokenizer.stream(), values.stop)))
+        Entry(
+            prompt, i, Answer(request, Text(tokenizer.stream(), values.stop) if tokenizer else None)
+        )
         for i, request in enumerate(requests)
     ]
 

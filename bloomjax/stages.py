@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Stages:
         self._loud = loud and self._speaks
         self._last = time.perf_counter() - _age()
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of each program's compile
-        self._compiled: set[str] = set()
+        self._counts: Counter[str] = Counter()  # a program is compiled for each shape
         self._timer = threading.Timer(0, lambda: None)
 
     def __enter__(self) -> "Stages":
@@ -54,11 +54,12 @@ class Stages:
             print(line, file=sys.stderr, flush=True)
 
     def tell_compiles(self) -> None:
-        """Of each program, the time to trace it and to compile it, or to find it compiled."""
-        times = sorted(((self._seconds[name], name) for name in self._compiled), reverse=True)
-        told = [f"{name} {seconds:.2f} s" for seconds, name in times if seconds >= 0.05]
-        self.say(f"of that, compiling {len(times)} programs: {sum(s for s, _ in times):.2f} s")
-        self.say(f"  {', '.join(told)}")
+        """What part of the stages they were."""
+        whole = sum(self._seconds[name] for name in self._counts)
+        self.say(f"{self._counts.total()} programs to trace and compile, or to find: {whole:.2f} s")
+        for name in sorted(self._counts, key=lambda name: -self._seconds[name]):
+            if self._seconds[name] >= 0.05:
+                self.say(f"  {name}, of {self._counts[name]} shapes: {self._seconds[name]:.2f} s")
 
     def _event(self, event: str, **_: Any) -> None:
         if event == _BEGUN and self._speaks:
@@ -67,18 +68,18 @@ class Stages:
             self._timer.daemon = True
             self._timer.start()
 
-    def _duration(self, event: str, seconds: float, fun_name: str = "", **_: Any) -> None:
-        name = fun_name.removeprefix("jit(").removesuffix(")").strip("_")
+    def _duration(self, event: str, duration_secs: float, **more: str | int) -> None:
+        name = str(more.get("fun_name", "")).removeprefix("jit(").removesuffix(")").strip("_")
         if event == _COMPILED:
             self._timer.cancel()
-            self._compiled.add(name)
+            self._counts[name] += 1
         if event == _COMPILED or event in _TRACED:
-            self._seconds[name] += seconds
+            self._seconds[name] += duration_secs
 
     def _long(self) -> None:
-        folder = jax.config.jax_compilation_cache_dir
-        kept = f"; kept for the next time in {folder}" if folder else ""
-        print(f"compiling takes its time{kept}", file=sys.stderr, flush=True)
+        folder = jax.config.values["jax_compilation_cache_dir"]
+        kept = f", and kept for the next start in {folder}" if folder else ""
+        print(f"compiling: a minute or so for a large model{kept}", file=sys.stderr, flush=True)
 
 
 def _age() -> float:
