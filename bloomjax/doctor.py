@@ -28,7 +28,7 @@ from absl import flags
 from jax._src import hardware_utils
 from packaging.requirements import Requirement
 
-from bloomjax import cli, cluster, processes
+from bloomjax import cli, cluster, memory, processes
 from bloomjax.errors import UserError
 from bloomjax.metrics import amount
 
@@ -84,7 +84,7 @@ def main(values: flags.FlagValues) -> None:
     devices = Devices()  # meanwhile the rest
     look: list[Callable[[Report], None]] = [
         lambda report: versions(report, hardware),
-        memory,
+        room,
         place,
         network,
         lambda report: folders(report, Path(values.workdir)),
@@ -229,22 +229,17 @@ def nvidia_driver() -> str | None:
     return None
 
 
-def memory(report: Report) -> None:
-    path = Path("/proc/meminfo")
-    if not path.exists():
+def room(report: Report) -> None:
+    found = memory.host()
+    if found is None:
         return
-    rows = [line.split() for line in path.read_text().splitlines()]
-    kilobytes = {row[0]: int(row[1]) for row in rows}
-    total, free = (1024 * kilobytes[f"Mem{k}:"] for k in ("Total", "Available"))
-    group = ""
-    with contextlib.suppress(OSError, ValueError):  # "max": no limit
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        if limit < total:
-            group = f"; this container may use {amount(limit)}"
+    group = f"; this container may use {amount(found.limit)}" if found.limit else ""
     cores = len(os.sched_getaffinity(0))
-    report.found["host"] = f"{cores} cores, {amount(total)} of memory, {amount(free)} free{group}"
-    if free < 2e9:
-        report.notes.append(f"only {amount(free)} of this machine's memory are free")
+    report.found["host"] = (
+        f"{cores} cores, {amount(found.total)} of memory, {amount(found.free)} free{group}"
+    )
+    if found.free < 2e9:
+        report.notes.append(f"only {amount(found.free)} of this machine's memory are free")
 
 
 def place(report: Report) -> None:

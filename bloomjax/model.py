@@ -35,10 +35,15 @@ def compute_dtype(config: ModelConfig) -> Any:
     return jnp.dtype(config.dtype)
 
 
-def param(config: ModelConfig, rngs: nnx.Rngs, axes: str, mean: float, std: float) -> nnx.Param:
-    """A parameter of N(mean, std): shape, layout and sharding all follow from its letters."""
+def param(
+    config: ModelConfig, rngs: nnx.Rngs | None, axes: str, mean: float, std: float
+) -> nnx.Param:
+    """A parameter of N(mean, std): shape, layout and sharding all follow from its letters. Without
+    `rngs`, a shape alone: nothing is traced for it."""
     sizes = config.sizes | {"L": stack_rows(config.layers)}
     shape, layout = tuple(sizes[a] for a in axes), weight(axes)
+    if rngs is None:
+        return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
     value = jnp.full(shape, mean, jnp.float32, out_sharding=layout)
     if std:
         value += std * jax.random.normal(rngs.params(), shape, out_sharding=layout)
@@ -90,7 +95,7 @@ def _named(x: jax.Array) -> jax.Array:
 class Block(nnx.Module):
     """One layer; with `stack="L"` all of them, each parameter stacked along a leading axis."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: str = ""):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, stack: str = ""):
         self.config = config
         # Products that write to the residual stream start smaller: 2L of them add up.
         std, std_out = config.init_std, config.init_std / np.sqrt(2 * config.layers)
@@ -163,7 +168,7 @@ class Bloom(nnx.Module):
     `unrolled` they are a list of packed weights, which `decode` walks.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, unrolled: bool = False):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, unrolled: bool = False):
         self.config = config
         declare = functools.partial(param, config, rngs)
         self.embed = declare("VD", mean=0.0, std=config.init_std)
@@ -245,7 +250,7 @@ def _graph(config: ModelConfig, unrolled: bool = False) -> tuple[Any, Any]:
 
 @functools.cache
 def _graph_of(config: ModelConfig, unrolled: bool, rows: int) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: Bloom(config, nnx.Rngs(0), unrolled)))
+    return nnx.split(Bloom(config, None, unrolled))
 
 
 def bind(config: ModelConfig, params: Params, unrolled: bool = False) -> Bloom:

@@ -1,41 +1,42 @@
 """A model from wherever it is, in whatever format, straight onto a mesh.
 
-The one invariant: of a tensor of a foreign file, every process reads the rows that its devices
-take, once; the devices turn them into our layout among themselves. No host ever holds more than
-its share of one tensor.
+The one invariant: what will not fit is refused before any of it is allocated. How tensors travel is
+`decode.reading`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from bloomjax import checkpoint, model
+from bloomjax import checkpoint, memory, model
 from bloomjax.attention import attend
 from bloomjax.config import ModelConfig
 from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
+from bloomjax.decode.cache import empty_cache
 from bloomjax.decode.engine import Engine, Fresh, Request
-from bloomjax.decode.params import abstract_params, tree
-from bloomjax.decode.programs import LogitsFn
+from bloomjax.decode.params import bytes_per_device
+from bloomjax.decode.programs import LogitsFn, round_up
+from bloomjax.decode.reading import abstract_of, largest_tensor, read_params
 from bloomjax.decode.sampling import GREEDY, Sampling
-from bloomjax.errors import InputError
+from bloomjax.errors import DoesNotFitError, InputError
 from bloomjax.formats import hub
 from bloomjax.formats.gguf import GGUFReader
 from bloomjax.formats.hf import HFReader
 from bloomjax.formats.megatron import MegatronReader
-from bloomjax.formats.names import Row
 from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader
 from bloomjax.formats.tensors import Reader
-from bloomjax.kernels.packed import Packed
+from bloomjax.metrics import amount
 from bloomjax.model import Params
-from bloomjax.sharding import decode_mesh, put, split_of
+from bloomjax.sharding import decode_mesh, split_of
+
+log = logging.getLogger("bloomjax")
 
 # Prompts of `Model.generate` that run at a time.
 MOST_SLOTS = 8
@@ -60,8 +61,20 @@ class Model:
             segments_BT = None if segments_BT is None else jnp.pad(segments_BT, more)
             return _logits(self.config, self.params, tokens_BT, segments_BT)[:, :T]
 
-    def engine(self, slots: int, length: int, **options: Any) -> Engine:
-        """An engine for requests of up to `length` tokens; see `decode.engine.Engine`."""
+    def engine(self, slots: int, length: int, cache_dtype: str = "auto", **options: Any) -> Engine:
+        """An engine for requests of up to `length` tokens; see `decode.engine.Engine`.
+
+        DoesNotFitError if its cache is larger than the memory that is left.
+        """
+        needed = cache_bytes(self.config, self.mesh, CacheSize(slots, length, cache_dtype))
+        free = memory.free(self.mesh.local_devices)
+        if free is not None and needed > free:
+            raise DoesNotFitError(
+                f"expected {amount(needed)} of free memory on each device for the cache of {slots} "
+                f"slots of {length} tokens, found {amount(free)}: take fewer slots, a shorter "
+                "length, or --cache_dtype=int8"
+            )
+        options["cache_dtype"] = cache_dtype
         return Engine(self.config, self.params, self.mesh, slots=slots, length=length, **options)
 
     def generate(
@@ -103,20 +116,81 @@ def _logits(config: ModelConfig, params: Params, tokens_BT: Any, segments_BT: An
     return bloom.logits(bloom.decode(tokens_BT, lambda _: attention))
 
 
-def load(source: str | Path, mesh: Mesh | None = None, dtype: str = "auto") -> Model:
+class CacheSize(NamedTuple):
+    """What an engine will need beside the weights; see `decode.engine.Engine`."""
+
+    slots: int
+    length: int
+    dtype: str = "auto"
+
+
+def load(
+    source: str | Path,
+    mesh: Mesh | None = None,
+    dtype: str = "auto",
+    quantize: str = "none",
+    cache: CacheSize | None = None,
+) -> Model:
     """The model at `source`, on the devices of `mesh` (default: all), laid out for decoding.
 
-    `source` is what `open_source` takes. `dtype` is that of compute and of the parameters: "auto"
-    is float32 on CPU and bfloat16 elsewhere. Raises InputError if there is no model at `source`,
-    or a broken one.
+    `source` is what `open_source` takes. `dtype` is that of compute: "auto" is float32 on CPU and
+    bfloat16 elsewhere. Matrices are held in it too, but for those that `quantize` makes int8 (a
+    scale for every output) or int4 (for every 32 inputs; a GGUF file's blocks of as many bits stay
+    as they are), and for 16-bit files on CPU with "auto", whose matrices stay in 16 bits.
+
+    What this needs is logged, and compared with the memory there is, before any of it is taken;
+    with the `cache` of an engine to come. Raises InputError if there is no model at `source`, or a
+    broken one, and DoesNotFitError.
     """
     reader = open_source(source)
     config = dataclasses.replace(reader.config, dtype=dtype)
-    mesh = decode_mesh(config, jax.devices() if mesh is None else mesh.devices.ravel())
-    params = read_params(reader, config, mesh)
+    mesh = decode_mesh(config, jax.devices() if mesh is None else list(mesh.devices.ravel()))
+    _check_fits(source, reader, config, mesh, quantize, cache)
+    params = read_params(reader, config, mesh, quantize)
     commit = reader.origin.get("commit")
     origin = f"{source} (commit {commit})" if commit else str(source)
     return Model(config, params, mesh, _tokenizer(reader.tokenizer(), Path(source)), origin)
+
+
+def _check_fits(
+    source: object,
+    reader: Reader,
+    config: ModelConfig,
+    mesh: Mesh,
+    quantize: str,
+    cache: CacheSize | None,
+) -> None:
+    """Says what a model needs. DoesNotFitError if a device of this process has less."""
+    shapes = abstract_of(reader, config, mesh, quantize)
+    weights, tensor = bytes_per_device(shapes), largest_tensor(reader, config, mesh)
+    slots = cache_bytes(config, mesh, cache) if cache else 0
+    needed, free = weights + tensor + slots, memory.free(mesh.local_devices)
+    what = f"{amount(weights)} of weights"
+    what += f", {amount(slots)} of cache" if cache else ""
+    what += f", {amount(tensor)} while they are read"
+    log.info(
+        "%s: %s parameters; needs %s on each of %d devices%s",
+        source,
+        f"{config.parameter_count:,}",
+        what,
+        mesh.size,
+        "" if free is None else f", where {amount(free)} are free",
+    )
+    if free is None or needed <= free:
+        return
+    small = bytes_per_device(abstract_of(reader, config, mesh, "int8")) + tensor + slots
+    less = f"--quantize=int8 ({amount(small)}), " if small <= free else ""
+    raise DoesNotFitError(
+        f"{source}: expected {amount(needed)} of free memory on each of {mesh.size} devices "
+        f"({what}), found {amount(free)}: take {less}a smaller model, or more devices"
+    )
+
+
+def cache_bytes(config: ModelConfig, mesh: Mesh, cache: CacheSize) -> int:
+    """Of an engine's cache, on each device of `mesh`."""
+    with jax.set_mesh(mesh):
+        make = functools.partial(empty_cache, config, cache.slots, round_up(cache.length))
+        return bytes_per_device(jax.eval_shape(functools.partial(make, cache.dtype)))
 
 
 def open_source(source: str | Path) -> Reader:
@@ -147,55 +221,3 @@ def _tokenizer(files: dict[str, bytes], folder: Path) -> Tokenizer | None:
         if name in files:
             return tokenizer_of(files[name], folder / name)
     return None
-
-
-def read_params(reader: Reader, config: ModelConfig, mesh: Mesh) -> Params:
-    """All parameters on `mesh`, as decoding has them (`decode.params`).
-
-    Every process calls it. Of each matrix it reads the rows that fall to its devices, in the order
-    of the mesh, so all of them read it once; vectors, which are small, are read by all.
-    """
-    shapes = abstract_params(config, mesh)
-
-    def leaf(row: Row, layer: int) -> Any:
-        key = row.path.partition(".")[2]
-        like: Any = shapes["blocks"][layer][key] if row.stacked else shapes[row.path]
-        if isinstance(like, Packed):
-            values = _matrix(reader, row, layer, config, mesh, like.values)
-            return dataclasses.replace(like, values=values)
-        vector = reader.read(row, layer, 0, row.shape(config.sizes)[0])
-        ours = row.to_ours(vector, config.sizes).astype(like.dtype)
-        return put(ours, like.sharding.spec, mesh)
-
-    return tree(config, leaf)
-
-
-def _matrix(
-    reader: Reader, row: Row, layer: int, config: ModelConfig, mesh: Mesh, like: Any
-) -> jax.Array:
-    """One layer's matrix as `like` is, in shape, dtype and layout."""
-    J, K = row.shape(config.sizes)
-    # Rows are dealt to all devices alike, the last ones padded. How they come from there to where
-    # they belong is left to the compiler, so these meshes are not explicit.
-    flat = Mesh(mesh.devices.reshape(-1), ("rows",), axis_types=(AxisType.Auto,))
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    each = -(-J // mesh.size)
-
-    def rows(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(each * mesh.size)
-        found = reader.read(row, layer, min(start, J), min(stop, J))
-        missing = stop - start - len(found)
-        return np.pad(found, ((0, missing), (0, 0))) if missing else found
-
-    by_rows = NamedSharding(flat, P("rows"))
-    dealt = jax.make_array_from_callback(
-        (each * mesh.size, K), by_rows, rows, dtype=reader.dtype(row)
-    )
-    with jax.set_mesh(flat):
-        value = _placed(J, like.dtype, NamedSharding(auto, like.sharding.spec))(dealt)
-    return jax.device_put(value, like.sharding)
-
-
-@functools.cache
-def _placed(J: int, dtype: Any, layout: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda rows: rows[:J].astype(dtype), out_shardings=layout)

@@ -43,7 +43,7 @@ ROOMS = [
     {"kernels"},
     {"sharding"},
     {"watchdog"},
-    {"metrics", "processes", "manifests"},
+    {"metrics", "processes", "manifests", "memory"},
     {"machines"},
     {"cluster"},
     {"config"},

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,21 +107,37 @@ class GGUFReader:
 
     def read(self, row: Row, layer: int, start: int, stop: int, kind: str = PARAMS) -> np.ndarray:
         """See `formats.tensors.Reader`."""
+        rows = self._in_order(self._rows, row, layer, start, stop)
+        return rows.astype(self.dtype(row), copy=False)
+
+    def kind(self, row: Row, layer: int) -> Kind:
+        """How the file stores a tensor."""
+        return self._tensor(row, layer).kind
+
+    def read_blocks(self, row: Row, layer: int, start: int, stop: int) -> np.ndarray:
+        """As `read`, but the bytes of the rows' blocks: uint8 [stop - start, bytes of a row]."""
+        return self._in_order(self._blocks, row, layer, start, stop)
+
+    def _in_order(
+        self,
+        read: Callable[[Tensor, int, int], np.ndarray],
+        row: Row,
+        layer: int,
+        start: int,
+        stop: int,
+    ) -> np.ndarray:
+        """What `read` gives of the file's rows, in Hugging Face's order."""
         tensor = self._tensor(row, layer)
         if "3" not in row.theirs:
-            rows = self._rows(tensor, start, stop)
-        else:  # whole heads of q, of k and of v, then what was asked for of them
-            sizes = self.config.sizes
-            width, unit, each = sizes["D"], row.unit(sizes), sizes["H"]
-            first, last = start // unit, -(-stop // unit)
-            triple = [
-                self._rows(tensor, i * width + first * each, i * width + last * each)
-                for i in range(3)
-            ]
-            heads = [x.reshape(last - first, each, *x.shape[1:]) for x in triple]
-            whole = np.stack(heads, 1).reshape((last - first) * unit, *triple[0].shape[1:])
-            rows = whole[start - first * unit : stop - first * unit]
-        return rows.astype(self.dtype(row), copy=False)
+            return read(tensor, start, stop)
+        # Whole heads of q, of k and of v, then what was asked for of them.
+        sizes = self.config.sizes
+        width, unit, each = sizes["D"], row.unit(sizes), sizes["H"]
+        first, last = start // unit, -(-stop // unit)
+        triple = [read(tensor, i * width + first * each, i * width + last * each) for i in range(3)]
+        heads = [x.reshape(last - first, each, *x.shape[1:]) for x in triple]
+        whole = np.stack(heads, 1).reshape((last - first) * unit, *triple[0].shape[1:])
+        return whole[start - first * unit : stop - first * unit]
 
     def tokenizer(self) -> dict[str, bytes]:
         """See `formats.tensors.Reader`; made anew from the metadata `tokenizer.ggml.*`."""
@@ -132,16 +149,20 @@ class GGUFReader:
 
     def _rows(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
         """Of the file's order, dequantised."""
-        kind, shape = tensor.kind, tensor.shape
+        kind = tensor.kind
         if kind.dtype is not None:
-            return Stored(self._file.path, tensor.offset, kind.dtype, shape).rows(start, stop)
-        shape = (shape[0], shape[1] // kind.block * kind.size)
-        blocks = Stored(self._file.path, tensor.offset, np.dtype(np.uint8), shape)
+            stored = Stored(self._file.path, tensor.offset, kind.dtype, tensor.shape)
+            return stored.rows(start, stop)
         quants = package(self._file.path)
         with np.errstate(all="ignore"):  # scales of a damaged file may be infinite
             return quants.dequantize(
-                blocks.rows(start, stop), quants.GGMLQuantizationType(kind.number)
+                self._blocks(tensor, start, stop), quants.GGMLQuantizationType(kind.number)
             )
+
+    def _blocks(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
+        kind, (rows, width) = tensor.kind, tensor.shape
+        shape = rows, width // kind.block * kind.size
+        return Stored(self._file.path, tensor.offset, np.dtype(np.uint8), shape).rows(start, stop)
 
     def _judge_head(self) -> str:
         """Which of the two copies of the tied embedding to read.

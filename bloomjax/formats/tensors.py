@@ -7,8 +7,11 @@ sizes beforehand, so that rows can be written where they belong as they come. Ro
 """
 
 import dataclasses
+import functools
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +24,8 @@ from bloomjax.formats.names import TABLE, Row, Sizes
 
 CONTEXT_LENGTH = 2048  # of BLOOM's training, and of whatever does not say
 PARAMS, MU, NU = KINDS = ("params", "moments.mu", "moments.nu")
+_ALIGNMENT = 64  # bytes
+_PIECE, _READERS = 4 << 20, min(8, os.cpu_count() or 1)
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -128,23 +133,34 @@ class Stored:
         InputError when the file does not hold them any more.
         """
         width = int(np.prod(self.shape[1:], dtype=np.int64))
-        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        out = empty((stop - start, *self.shape[1:]), self.dtype)
         pread_into(self.file, self.offset + start * width * self.dtype.itemsize, out)
         return out
 
 
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As np.empty, but where JAX can take it for an array of the CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    data = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -data.ctypes.data % _ALIGNMENT
+    return data[start : start + size].view(dtype).reshape(shape)
+
+
 def pread_into(file: Path, offset: int, out: np.ndarray) -> None:
-    """Fills a contiguous array with the bytes of `file` from `offset` on. InputError if too few."""
+    """Fills a contiguous array with the bytes of `file` from `offset` on. InputError if too few.
+
+    Several pieces at a time: fresh memory costs more than the copy, and networks have latency.
+    """
     view = out.reshape(-1).view(np.uint8).data
-    done = 0
     try:
         handle = os.open(file, os.O_RDONLY)
         try:
-            while done < len(view):
-                count = os.preadv(handle, [view[done : done + (1 << 30)]], offset + done)
-                if not count:
-                    break
-                done += count
+            starts = range(0, len(view), _PIECE)
+            pieces = [view[start : start + _PIECE] for start in starts]
+            places = [offset + start for start in starts]
+            with ThreadPoolExecutor(_READERS) as pool:
+                at_once = pool.map if len(pieces) > 1 else map
+                done = sum(at_once(functools.partial(_pread, handle), pieces, places))
         finally:
             os.close(handle)
     except OSError as error:
@@ -154,6 +170,13 @@ def pread_into(file: Path, offset: int, out: np.ndarray) -> None:
             f"{file}: expected {len(view)} bytes at {offset}, found {done}: the file was cut "
             "short; bring it back from a copy"
         )
+
+
+def _pread(handle: int, piece: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(piece) and (count := os.preadv(handle, [piece[done:]], offset + done)):
+        done += count
+    return done
 
 
 def model_config(

@@ -1,7 +1,8 @@
 """A weight as decoding reads it: a matrix with a row for each output, in as few bits as it has.
 
 Letters: M rows of x, J outputs, I inputs, G groups of I. The invariant: `multiply` reads the bytes
-that are stored; no weight is widened in memory.
+that are stored; no weight is widened in memory. (On CPU without the kernel, or for many rows of x,
+a tile of it is.)
 """
 
 import dataclasses
@@ -9,7 +10,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from bloomjax.kernels import cpu
+from bloomjax.sharding import on_cpu
+
 GROUP = 32  # inputs that share a scale in four bits, as in GGUF's Q4_0
+_TILE = 2**18  # weights that XLA:CPU widens at a time: a MiB of float32 stays in a cache
 
 
 @jax.tree_util.register_dataclass
@@ -17,9 +22,9 @@ GROUP = 32  # inputs that share a scale in four bits, as in GGUF's Q4_0
 class Packed:
     """`values` [J, I] of a float dtype or int8, or uint8 [J, I / 2] with two four-bit values each.
 
-    weight[j, i] = values[j, i] * scales[j, i // (I / G)]. A byte b of four-bit values holds, in a
-    group of 32 inputs, the value (b & 15) - 8 of input k and (b >> 4) - 8 of input k + 16: the
-    layout of GGUF's Q4_0.
+    weight[j, i] = values[j, i] * scales[j, i // (I / G)]; G is 1, or I / 32. A byte b of four-bit
+    values holds, in a group of 32 inputs, the value (b & 15) - 8 of input k and (b >> 4) - 8 of
+    input k + 16: the layout of GGUF's Q4_0.
     """
 
     values: jax.Array
@@ -31,7 +36,10 @@ class Packed:
 
 def widened(packed: Packed, dtype: jnp.dtype) -> jax.Array:
     """The weights themselves, [J, I] in `dtype`."""
-    values, scales = packed.values, packed.scales
+    return _widened(packed.values, packed.scales, dtype)
+
+
+def _widened(values: jax.Array, scales: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     if values.dtype == jnp.uint8:
         values = unpacked(values)
     if scales is None:
@@ -50,5 +58,35 @@ def unpacked(values: jax.Array) -> jax.Array:
 
 def multiply(x_MI: jax.Array, packed: Packed, dtype: jnp.dtype) -> jax.Array:
     """x times the transposed weights -> [M, J] in `dtype`, summed in float32."""
+    values, scales = packed.values, packed.scales
+    if on_cpu():
+        x_MI = x_MI.astype(jnp.float32)
+        y_MJ = cpu.multiply(x_MI, values, scales)
+        return (_in_tiles(x_MI, values, scales) if y_MJ is None else y_MJ).astype(dtype)
     w_JI = widened(packed, x_MI.dtype)
     return jnp.einsum("MI,JI->MJ", x_MI, w_JI, preferred_element_type=dtype)
+
+
+def _in_tiles(x_MI: jax.Array, values: jax.Array, scales: jax.Array | None) -> jax.Array:
+    """The product on XLA:CPU, which multiplies float32 well and nothing else: some outputs' weights
+    are widened at a time, behind a barrier lest that be fused into the product."""
+
+    def some(start: jax.Array | int, size: int) -> jax.Array:
+        w, s = (
+            None if a is None else jax.lax.dynamic_slice_in_dim(a, start, size)
+            for a in (values, scales)
+        )
+        if w.dtype == jnp.bfloat16:  # as XLA:CPU converts it, ten times slower
+            bits = jax.lax.bitcast_convert_type(w, jnp.uint16).astype(jnp.uint32) << 16
+            w = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        w_JI = jax.lax.optimization_barrier(_widened(w, s, jnp.float32))
+        return jnp.einsum("MI,JI->MJ", x_MI, w_JI)
+
+    J = values.shape[0]
+    if values.dtype == jnp.float32:
+        return some(0, J)
+    rows = min(max(_TILE // x_MI.shape[1], 1), J)
+    tiles, rest = divmod(J, rows)
+    y_TMJ = jax.lax.map(lambda t: some(t * rows, rows), jnp.arange(tiles))
+    y_MJ = y_TMJ.swapaxes(0, 1).reshape(len(x_MI), tiles * rows)
+    return jnp.concatenate([y_MJ, some(tiles * rows, rest)], axis=1) if rest else y_MJ
