@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 def even(count: int, most: int) -> int:
     """Slots, `most` at most, that all have about as many of `count` requests to do."""
-    return -(-count // -(-count // most))
+    return -(-count // max(1, -(-count // most)))
 
 
 def together(engine: Engine, answers: Sequence[Answer], slots: int) -> Iterator[tuple[Answer, str]]:

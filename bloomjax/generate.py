@@ -14,22 +14,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
-from bloomjax import cli, source
+from bloomjax import cli, processes, source
 from bloomjax.answers import Entry, Pieces, even, print_all, print_stream, rate, searched, together
 from bloomjax.data.prompts import EMPTY, Prompt, read_prompts
 from bloomjax.decode.beam import Beams, check_beams
 from bloomjax.decode.engine import Request
 from bloomjax.decode.engine import check as check_request
+from bloomjax.decode.programs import CHUNK
 from bloomjax.decode.sampling import Sampling, check
 from bloomjax.decode.steps import CachedSteps
 from bloomjax.decode.text import Answer, Text
 from bloomjax.errors import ConfigError, InputError
 from bloomjax.metrics import amount
 from bloomjax.sharding import on_cpu
-from bloomjax.source import Model
+from bloomjax.source import CacheSize, Opened, cache_bytes
 from bloomjax.stages import Stages
 
 # Texts that are written at a time, at most: on CPU, and elsewhere.
@@ -89,31 +89,30 @@ def main(values: flags.FlagValues) -> None:
     sampling, beams = check_flags(values)
     prompts = given(values)
     with stages:
-        model = source.load(values.model, dtype=values.dtype)
-        stages.done("load")
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-        stages.say(
-            f"{model.origin}: {model.config.parameter_count:,} parameters, {amount(weights)}, "
-            f"on {model.mesh.size} devices"
-        )
+        opened = source.opened(values.model, None, values.dtype, values.quantize)
+        limit = longest_of_file(opened, values) if values.prompts_file else sys.maxsize
         entries = []
         for index, prompt in enumerate(prompts):
-            entries += entries_of(index, prompt, model, values, sampling)
+            entries += entries_of(index, prompt, opened, values, sampling, limit)
+        stages.done("open")
         answers = [entry.answer for entry in entries if entry.answer]
         length = max((len(a.request.prompt) for a in answers), default=0) + values.max_new_tokens
+        slots = values.num_beams if beams else slots_for(len(answers), length, opened, values)
+        cache = CacheSize(slots, length, values.cache_dtype)
         pieces: Pieces = ()
         note: Callable[[], str] = str
-        if beams:
-            steps = CachedSteps(model.config, model.params, model.mesh, length, values.cache_dtype)
+        if answers:
+            cli.keep_compiled()
+            model = opened.load(cache)
+            stages.done("load")
+        if answers and beams:
+            steps = CachedSteps(model.config, model.params, model.mesh, length, cache.dtype)
             pieces = searched(steps, model.mesh, answers, beams)
         elif answers:
-            slots = even(len(answers), _CPU_SLOTS if on_cpu() else _SLOTS)
-            engine = model.engine(
-                slots, length, cache_dtype=values.cache_dtype, prompt_tokens=sys.maxsize
-            )
+            engine = model.engine(*cache, prompt_tokens=sys.maxsize)
             stages.say(f"{slots} slots of {engine.length} tokens, {amount(engine.cache_bytes)}")
             pieces, note = together(engine, answers, slots), rate(engine)
-        if model.tokenizer and values.stream is not False and not alone_not(values):
+        if opened.tokenizer and values.stream is not False and not alone_not(values):
             print_stream(entries[0], pieces)
         else:
             print_all(entries, pieces, values.json, values.prompts_file or "", note)
@@ -198,43 +197,61 @@ def given(values: flags.FlagValues) -> list[Prompt]:
 
 
 def entries_of(
-    index: int, prompt: Prompt, model: Model, values: flags.FlagValues, sampling: Sampling
+    index: int,
+    prompt: Prompt,
+    opened: Opened,
+    values: flags.FlagValues,
+    sampling: Sampling,
+    limit: int,
 ) -> list[Entry]:
-    """What is to be printed of a prompt, the `index`-th. ConfigError for a fault of one that stands
-    on the command line; InputError if a tokenizer is needed and there is none."""
-    tokenizer, count = model.tokenizer, values.num_return_sequences
+    """What is to be printed of a prompt, the `index`-th; `limit` is that of all its tokens.
+    ConfigError for a fault of one that stands on the command line; InputError if a tokenizer is
+    needed and there is none."""
+    tokenizer, count = opened.tokenizer, values.num_return_sequences
     if tokenizer:
         prompt.encode(tokenizer)
     elif prompt.text is not None or values.stop:
         raise InputError(
-            f"{model.origin} has no tokenizer: expected prompts of ids, and no --stop, found text; "
-            "give --prompt_ids"
+            f"{opened.source} has no tokenizer: expected prompts of ids, and no --stop, found "
+            "text; give --prompt_ids"
         )
+    stop_ids = (tokenizer.eos_id,) if tokenizer else ()
     requests = [
-        Request(
-            prompt.ids,
-            values.max_new_tokens,
-            sampling,
-            values.seed + index * count + sequence,
-            (tokenizer.eos_id,) if tokenizer else (),
-        )
-        for sequence in range(count)
+        Request(prompt.ids, values.max_new_tokens, sampling, values.seed + n, stop_ids)
+        for n in range(index * count, (index + 1) * count)
     ]
     try:
         if not prompt.fault:
-            check_request(requests[0], model.config, sys.maxsize)
+            check_request(requests[0], opened.config, limit)
     except InputError as error:
         prompt.fault = str(error)
     if prompt.fault and not prompt.line:
         raise ConfigError(prompt.fault)
     if prompt.fault:
         return [Entry(prompt)]
-    return [
-        Entry(
-            prompt, i, Answer(request, Text(tokenizer.stream(), values.stop) if tokenizer else None)
-        )
-        for i, request in enumerate(requests)
-    ]
+    texts = [Text(tokenizer.stream(), values.stop) if tokenizer else None for _ in requests]
+    written = map(Answer, requests, texts)
+    return [Entry(prompt, sequence, answer) for sequence, answer in enumerate(written)]
+
+
+def longest_of_file(opened: Opened, values: flags.FlagValues) -> int:
+    """Tokens of a line, answer included, for whose cache there is memory beside the model. Where
+    there is none even for the model, that is for `Opened.load` to say."""
+    room, rows = processes.on_first(opened.room), values.num_beams
+    if room is None or room < 0:
+        return sys.maxsize
+    chunk = CacheSize(rows, CHUNK, values.cache_dtype)
+    return room // cache_bytes(opened.config, opened.mesh, chunk) * CHUNK
+
+
+def slots_for(count: int, length: int, opened: Opened, values: flags.FlagValues) -> int:
+    """As many as are of use, and have memory; 1 at least."""
+    room = processes.on_first(opened.room)
+    for slots in range(even(count, _CPU_SLOTS if on_cpu() else _SLOTS), 1, -1):
+        cache = CacheSize(slots, length, values.cache_dtype)
+        if room is None or cache_bytes(opened.config, opened.mesh, cache) <= room:
+            return slots
+    return 1
 
 
 if __name__ == "__main__":

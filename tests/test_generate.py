@@ -14,7 +14,7 @@ from foreign import Memory, copy
 from helpers import model_config
 from trial import Ended, inside, refused
 
-from bloomjax import answers, generate
+from bloomjax import answers, cli, generate, memory
 from bloomjax.answers import Entry, print_all
 from bloomjax.data.files import Progress
 from bloomjax.data.prompts import Prompt, read_prompts
@@ -55,6 +55,7 @@ def run(model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     """On one device: programs of several take long to compile."""
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: one)
+    monkeypatch.setattr(cli, "keep_compiled", lambda: None)
 
     def call(*flags: str, model: Path = model) -> Ended:
         return inside(generate, [f"--model={model}", *flags], capfd, join=False)
@@ -78,7 +79,8 @@ def test_text_streams_or_comes_whole(run: Run, tokenizer: Tokenizer) -> None:
     assert record["logprob"] < 0 < record["seconds_to_first_token"]
     for stream in ((), ("--stream",), ("--nostream",)):
         end = run(*flags, *stream)
-        assert end == Ended(0, f"the cat{record['text']}\n", "")
+        assert (end.code, end.out) == (0, f"the cat{record['text']}\n")
+        assert end.err.count("\n") == 1 and "parameters; needs" in end.err  # told first
 
 
 def test_a_stop_string_ends_the_text(run: Run) -> None:
@@ -262,7 +264,8 @@ def test_verbose_tells_stages_sizes_and_compiles(run: Run) -> None:
     for told in (
         r"^imports: [\d.]+ s$",
         r"^load: [\d.]+ s$",
-        rf"{CONFIG.parameter_count:,} parameters, [\d.]+ MB",
+        r"^open: [\d.]+ s$",
+        rf"{CONFIG.parameter_count:,} parameters; needs",
         r"^1 slots of 16 tokens, [\d.]+ MB$",
         r"occupancy \d+%",
         r"^\d+ programs to trace and compile, or to find: [\d.]+ s$",
@@ -271,6 +274,25 @@ def test_verbose_tells_stages_sizes_and_compiles(run: Run) -> None:
 
 
 # Refusals.
+
+
+def test_not_enough_memory(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the model; for the cache of a long line of a file; for as many slots as are of use."""
+    flags = ("--prompt_ids=5", "--max_new_tokens=15")
+    monkeypatch.setattr(memory, "free", lambda devices: 1000)
+    refused(run(*flags), 4, "of free memory on each of 1 devices", "found 0.00 MB")
+    model_bytes = 4 * CONFIG.parameter_count + 4 * CONFIG.vocab_size * CONFIG.width
+    place = 2 * 4 * CONFIG.layers * CONFIG.width  # of keys and values
+    monkeypatch.setattr(memory, "free", lambda devices: model_bytes + 1100 * place)
+    file = tmp_path / "prompts.jsonl"
+    for lengths, slots, bad in (([9, 500, 1200, 9], "2 slots of 512", 1), ([500], "1 slots", 0)):
+        prompts = [{"prompt_ids": [5] * length} for length in lengths]
+        file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+        end = run(f"--prompts_file={file}", "--max_new_tokens=8", "--json", "--verbose")
+        found = records(end, 3 if bad else 0)
+        faults = [record["error"] for record in found if "error" in record]
+        assert len(faults) == bad and all("expected at most 1024" in fault for fault in faults)
+        assert slots in end.err, end.err
 
 
 @pytest.mark.parametrize(
