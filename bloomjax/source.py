@@ -186,15 +186,15 @@ class Opened:
         what = f"{amount(weights)} of weights"
         what += f", {amount(slots)} of cache" if cache else ""
         what += f", {amount(tensor)} while they are read"
-        log.info(
-            "%s: %s parameters; needs %s on each of %d devices%s",
-            self.source,
-            f"{self.config.parameter_count:,}",
-            what,
-            self.mesh.size,
-            "" if free is None else f", where {amount(free)} are free",
-        )
         if free is None or needed <= free:
+            log.info(
+                "%s: %s parameters; needs %s on each of %d devices%s",
+                self.source,
+                f"{self.config.parameter_count:,}",
+                what,
+                self.mesh.size,
+                "" if free is None else f", where {amount(free)} are free",
+            )
             return
         small = sum(self._needs("int8")) + slots
         less = f"--quantize=int8 ({amount(small)}), " if small <= free else ""
