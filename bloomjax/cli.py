@@ -139,22 +139,21 @@ def run(
     raise SystemExit(0)
 
 
-def keep_compiled() -> Path | None:
+def keep_compiled() -> str | None:
     """Keeps what is compiled from now on for the next start, and takes what is kept already; gives
     where. A folder that the user has given JAX stays; None: they want none.
 
     The cache may be removed at any time. Every program counts, since on CPU they compile fast, and
     there are many.
     """
-    settings = jax.config.values
-    if settings["jax_compilation_cache_dir"] is None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(base / "bloomjax" / "compiled"))
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = os.path.join(base, "bloomjax", "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if not settings["jax_enable_compilation_cache"]:
-        return None
-    return Path(settings["jax_compilation_cache_dir"])
+    return folder if jax.config.values["jax_enable_compilation_cache"] else None
 
 
 @contextmanager

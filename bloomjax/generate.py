@@ -102,7 +102,7 @@ def main(values: flags.FlagValues) -> None:
         pieces: Pieces = ()
         note: Callable[[], str] = str
         if answers:
-            cli.keep_compiled()
+            stages.kept_in = cli.keep_compiled()
             model = opened.load(cache)
             stages.done("load")
         if answers and beams:

@@ -26,6 +26,7 @@ class Stages:
     """Inside of its `with`, compiles are noticed; `loud`, everything is told as it ends."""
 
     def __init__(self, loud: bool):
+        self.kept_in: str | None = None  # where compiled programs are kept, if they are
         self._speaks = jax.process_index() == 0
         self._loud = loud and self._speaks
         self._last = time.perf_counter() - _age()
@@ -77,8 +78,7 @@ class Stages:
             self._seconds[name] += duration_secs
 
     def _long(self) -> None:
-        folder = jax.config.values["jax_compilation_cache_dir"]
-        kept = f", and kept for the next start in {folder}" if folder else ""
+        kept = f", kept for the next start in {self.kept_in}" if self.kept_in else ""
         print(f"compiling: a minute or so for a large model{kept}", file=sys.stderr, flush=True)
 
 
