@@ -20,6 +20,7 @@ from bloomjax.data.files import Progress
 from bloomjax.data.prompts import Prompt, read_prompts
 from bloomjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from bloomjax.decode.engine import Fresh, Request
+from bloomjax.decode.programs import decode
 from bloomjax.decode.text import Answer
 from bloomjax.errors import InputError
 from bloomjax.formats.hf import HFWriter
@@ -85,7 +86,9 @@ def test_text_streams_or_comes_whole(run: Run, tokenizer: Tokenizer) -> None:
 
 def test_a_stop_string_ends_the_text(run: Run) -> None:
     flags = ("--prompt_ids=5,6,7", "--max_new_tokens=24", "--temperature=1", "--seed=3")
+    before = decode._cache_size()
     (free,) = records(run(*flags, "--json"))
+    assert decode._cache_size() - before <= 1  # several dispatches, one program
     at = next(i for i in range(4, 20) if free["text"].find(free["text"][i : i + 2]) == i)
     stop, before = free["text"][at : at + 2], free["text"][:at]
     (stopped,) = records(run(*flags, f"--stop={stop}", "--stop=never", "--json"))
