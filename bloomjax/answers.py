@@ -110,7 +110,7 @@ def print_all(
     """
     speaks, waiting = jax.process_index() == 0, deque(entries)
     total, done = sum(entry.answer is not None for entry in entries), 0
-    progress = Progress("writing", total, "texts") if file and speaks else None
+    progress = Progress("writing", total, "texts") if file and total and speaks else None
 
     def print_finished() -> None:
         while waiting and waiting[0].finished:

@@ -233,5 +233,7 @@ def test_refused_by_generate(
     code: int,
     parts: list[str],
 ) -> None:
-    argv = [flag.format(trained) for flag in flags]
-    refused(inside(generate, argv, capfd), code, *parts)
+    end = inside(generate, [flag.format(trained) for flag in flags], capfd)
+    *progress, last = end.err.splitlines(keepends=True)
+    assert all(line.startswith("verifying checkpoint") for line in progress)
+    refused(end._replace(err=last), code, *parts)

@@ -4,6 +4,8 @@ import io
 import json
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import jax
 import pytest
 from foreign import Memory, copy
 from helpers import model_config
-from trial import Ended, inside, refused
+from trial import ROOT, Ended, inside, refused
 
 from bloomjax import answers, cli, generate, memory
 from bloomjax.answers import Entry, print_all
@@ -331,6 +333,26 @@ def test_not_enough_memory(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_refused(run: Run, tmp_path: Path, flags: list[str], code: int, parts: list[str]) -> None:
     (tmp_path / "empty").touch()
     refused(run(*(flag.format(tmp_path) for flag in flags)), code, *parts)
+
+
+def test_a_reader_that_leaves_is_no_defect(model: Path, tmp_path: Path) -> None:
+    """`| head`, and whatever else is started as people start it."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": ""}\n' * 100_000)
+    command = [sys.executable, "-m", "bloomjax.generate", f"--model={model}", "--json"]
+    with subprocess.Popen(
+        [*command, f"--prompts_file={file}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as child:
+        assert child.stdout and child.stderr
+        first = json.loads(child.stdout.readline())
+        child.stdout.close()
+        assert child.stderr.read() == "bloomjax: nobody reads what is written\n"
+    assert child.returncode == 141
+    assert first == {"line": 1, "error": "the prompt is empty: expected at least one token"}
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
