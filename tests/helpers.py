@@ -9,7 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bloomjax.config import ModelConfig, base_config, freeze
-from bloomjax.formats.names import TABLE, nest
+from bloomjax.decode import params as decode_params
+from bloomjax.formats.names import TABLE, Row, nest
+from bloomjax.kernels.packed import Packed
 from bloomjax.model import Params, abstract_params, bind
 from bloomjax.sharding import act, make_mesh, put
 
@@ -51,6 +53,25 @@ def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
             one = np.asarray(leaf[layer] if row.stacked else leaf)
             tensors[row.hf.format(layer)] = row.to_theirs(one, config.sizes)
     return tensors
+
+
+def packed_params(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any = None) -> Params:
+    """`params` of training as decoding has them, in floats, on a decode mesh."""
+    tensors = to_hf(params, config)
+    shapes = decode_params.abstract_params(config, mesh, dtype=dtype)
+
+    def leaf(row: Row, layer: int) -> Any:
+        return tensors[row.hf.format(layer)]
+
+    def place(like: Any, tensor: np.ndarray) -> Any:
+        if not isinstance(like, Packed):
+            return jax.device_put(tensor.astype(like.dtype).reshape(like.shape), like.sharding)
+        values = jax.device_put(tensor.astype(like.values.dtype), like.values.sharding)
+        return dataclasses.replace(like, values=values)
+
+    tensors_as_tree = decode_params.tree(config, leaf)
+    is_packed = lambda node: isinstance(node, Packed)  # noqa: E731
+    return jax.tree.map(place, shapes, tensors_as_tree, is_leaf=is_packed)
 
 
 def forward(params: Params, config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:

@@ -1,108 +1,229 @@
-"""Decoding: the cache changes no token, neighbours change no token, filters are transformers'."""
+"""Decoding: the cache changes nothing, and no request sees its neighbours, its slot or the mesh."""
 
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import model_config, one_device
+from helpers import model_config, one_device, packed_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bloomjax import model
-from bloomjax.config import MeshConfig
-from bloomjax.decode.engine import GREEDY, Engine
-from bloomjax.decode.sampling import Sampling, choose, filtered
-from bloomjax.errors import InputError
-from bloomjax.sharding import make_mesh
+from bloomjax.decode import programs
+from bloomjax.decode.engine import Engine, Request
+from bloomjax.decode.sampling import GREEDY, Sampling
+from bloomjax.decode.steps import CachedSteps
+from bloomjax.errors import ConfigError, InputError
+from bloomjax.sharding import decode_mesh
 
 CONFIG = model_config(heads=6, width=48, init_std=0.2)
+LENGTH = 128
 PROMPTS = [[5, 6, 7], [10, 20, 30, 40, 5, 6, 9], [1], list(range(2, 35))]
+SAMPLINGS = [GREEDY, Sampling(1.0), Sampling(0.7, 20, 0.9), Sampling(repetition_penalty=1.5)]
+# Devices: one; heads over two and slots over two; the same over eight.
+MESHES = [1, 4, 8]
 
 
-def engine(mesh: jax.sharding.Mesh) -> Engine:
-    with jax.set_mesh(mesh):
-        params = jax.jit(model.init_params, static_argnums=0)(CONFIG, jax.random.key(3))
-    return Engine(CONFIG, params, mesh)
-
-
-def tokens(engine: Engine, prompts: Any, count: int, *args: Any, **options: Any) -> list[list[int]]:
-    rows: list[list[int]] = [[] for _ in prompts]
-    for fresh in engine.generate(prompts, count, *args, **options):
-        for row, new in zip(rows, fresh, strict=True):
-            row += new.ids
-    return rows
-
-
-@pytest.fixture(scope="module")
-def alone() -> Engine:
-    return engine(one_device())
-
-
-def test_greedy_tokens_and_their_logprobs_are_those_of_the_model_without_a_cache(
-    alone: Engine,
-) -> None:
+@functools.cache
+def trained() -> Any:
     with jax.set_mesh(one_device()):
-        params = jax.jit(model.init_params, static_argnums=0)(CONFIG, jax.random.key(3))
-        bloom = model.bind(CONFIG, params)
-        for prompt in PROMPTS:
-            logprobs = []
-            ids = []
-            for (new,) in alone.generate([prompt], 12, GREEDY):
-                ids += new.ids
-                logprobs += new.logprobs
-            assert len(ids) == 12
-            whole = jnp.asarray([prompt + ids])
-            logits = np.asarray(bloom.logits(bloom(whole)))[0, len(prompt) - 1 : -1]
-            assert ids == logits.argmax(-1).tolist()
-            expected = np.asarray(jax.nn.log_softmax(logits))[range(12), ids]
-            np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+        made = jax.jit(model.init_params, static_argnums=0)(CONFIG, jax.random.key(3))
+    return jax.tree.map(np.asarray, made)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0), Sampling(0.7, 20, 0.9)])
-def test_a_row_does_not_see_its_neighbours(alone: Engine, sampling: Sampling) -> None:
-    together = tokens(alone, PROMPTS, 10, sampling, seed=7)
-    for i, prompt in enumerate(PROMPTS):
-        assert tokens(alone, [prompt], 10, sampling, seed=7 + i) == [together[i]]
+@functools.cache
+def placed(devices: int) -> Any:
+    mesh = decode_mesh(CONFIG, jax.devices()[:devices])
+    return packed_params(CONFIG, trained(), mesh), mesh
 
 
-def test_a_mesh_writes_the_same_text(alone: Engine) -> None:
-    split = engine(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4]))
-    for sampling in (GREEDY, Sampling(0.9, 0, 0.95)):
-        assert tokens(split, PROMPTS, 9, sampling) == tokens(alone, PROMPTS, 9, sampling)
+def engine(devices: int = 1, slots: int = 4, length: int = LENGTH, **options: Any) -> Engine:
+    return Engine(CONFIG, *placed(devices), slots=slots, length=length, **options)
 
 
-def test_generation_ends_at_the_end_of_text(alone: Engine) -> None:
-    (free,) = tokens(alone, [PROMPTS[1]], 12, Sampling(1.0), seed=1)
-    eos = free[5]
-    (ended,) = tokens(alone, [PROMPTS[1]], 12, Sampling(1.0), seed=1, eos_id=eos)
-    assert ended == free[: free.index(eos)]
+@functools.cache
+def shared(devices: int = 1, slots: int = 4) -> Engine:
+    """An engine that several tests use, one after the other: what ran before leaves no trace."""
+    return engine(devices, slots)
 
 
-def test_filters_keep_what_transformers_keeps() -> None:
-    logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.125, 0.0625, 0.0625]]))
-
-    def kept(sampling: Sampling) -> list[int]:
-        return np.flatnonzero(np.isfinite(filtered(logits, sampling)[0])).tolist()
-
-    assert kept(Sampling(1.0, top_k=2)) == [0, 1]
-    assert kept(Sampling(1.0, top_k=4)) == [0, 1, 2, 3, 4]  # the tie of the fourth stays
-    assert kept(Sampling(1.0, top_p=0.5)) == [0]
-    assert kept(Sampling(1.0, top_p=0.51)) == [0, 1]
-    assert kept(Sampling(1.0, top_p=0.76)) == [0, 1, 2]
-    assert kept(Sampling(1.0, top_k=3, top_p=0.9)) == [0, 1, 2]
-    assert kept(Sampling(2.0)) == [0, 1, 2, 3, 4]
+Answer = tuple[list[int], list[float]]
 
 
-def test_draws_follow_the_distribution(alone: Engine) -> None:
-    logits = jnp.tile(jnp.log(jnp.asarray([[0.6, 0.3, 0.1]])), (4000, 1))
+def run(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
+    """Ids and log-probabilities of each."""
+    numbers = [engine.submit(request) for request in requests]
+    answers: dict[int, Answer] = {number: ([], []) for number in numbers}
+    while engine.busy:
+        for fresh in engine.step():
+            answers[fresh.number][0].extend(fresh.ids)
+            answers[fresh.number][1].extend(fresh.logprobs)
+    return [answers[number] for number in numbers]
 
-    positions = jnp.zeros(4000, jnp.int32)
-    drawn = np.asarray(choose(logits, Sampling(1.0), jnp.arange(4000, dtype=jnp.uint32), positions))
-    shares = np.bincount(drawn, minlength=3) / 4000
-    np.testing.assert_allclose(shares, [0.6, 0.3, 0.1], atol=0.03)
+
+@jax.jit
+def logits_of_training(params: Any, tokens_BT: jax.Array) -> jax.Array:
+    bloom = model.bind(CONFIG, params)
+    return bloom.logits(bloom(tokens_BT))
 
 
-@pytest.mark.parametrize("prompt", [[], [-1], [64]])
-def test_bad_prompts_are_refused(alone: Engine, prompt: list[int]) -> None:
-    with pytest.raises(InputError, match="expected"):
-        tokens(alone, [[1], prompt], 3)
+def uncached(tokens: Sequence[int]) -> np.ndarray:
+    """Logits [T, V] of the model as it is trained; one shape, for what is padding is not seen."""
+    padded = np.zeros((1, LENGTH if len(tokens) <= LENGTH else 2560), np.int32)
+    padded[0, : len(tokens)] = tokens
+    with jax.set_mesh(one_device()):
+        return np.asarray(logits_of_training(trained(), padded))[0, : len(tokens)]
+
+
+@pytest.mark.parametrize("devices", MESHES)
+def test_greedy_tokens_and_their_logprobs_are_those_of_the_model_without_a_cache(
+    devices: int,
+) -> None:
+    answers = run(shared(devices), [Request(prompt, 12) for prompt in PROMPTS])
+    for prompt, (ids, logprobs) in zip(PROMPTS, answers, strict=True):
+        logits = uncached([*prompt, *ids])[len(prompt) - 1 : -1]
+        assert ids == logits.argmax(-1).tolist() and len(ids) == 12
+        expected = np.asarray(jax.nn.log_softmax(logits))[range(12), ids]
+        np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+
+
+tokens = st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=1, max_size=70)
+
+
+@pytest.mark.parametrize("devices", MESHES)
+@settings(max_examples=12, deadline=None)
+@given(prompts=st.lists(tokens, min_size=4, max_size=4), more=tokens)
+def test_cached_logits_are_those_without_a_cache(
+    devices: int, prompts: list[list[int]], more: list[int]
+) -> None:
+    """Of rows side by side, whatever their lengths; through chunks of 16 tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "CHUNK", 16)
+        steps = CachedSteps(CONFIG, *placed(devices), 256)
+        found = [np.asarray(steps.prefill(prompts, 1))]
+        for token in more[:5]:
+            found.append(np.asarray(steps.advance(np.arange(4), np.full(4, token))))
+    for row, prompt in enumerate(prompts):
+        expected = uncached([*prompt, *more[:5]])[len(prompt) - 1 :]
+        np.testing.assert_allclose([logits[row] for logits in found], expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None)
+@given(
+    requests=st.lists(
+        st.builds(
+            Request,
+            prompt=tokens,
+            max_new_tokens=st.integers(1, 20),
+            sampling=st.sampled_from(SAMPLINGS),
+            seed=st.integers(0, 3),
+        ),
+        min_size=1,
+        max_size=10,
+    ),
+    devices=st.sampled_from(MESHES),
+)
+def test_a_request_does_not_see_its_neighbours(requests: list[Request], devices: int) -> None:
+    """More requests than slots, on any mesh, against each alone on one device."""
+    together = run(shared(devices), requests)
+    for request, (ids, logprobs) in zip(requests, together, strict=True):
+        ((alone, expected),) = run(shared(1, slots=1), [request])
+        assert ids == alone  # no two of these logits are nearer than rounding
+        np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+
+
+def test_nothing_is_compiled_in_steady_state() -> None:
+    def requests(seed: int) -> Iterator[Request]:
+        rng = np.random.default_rng(seed)
+        for size in rng.integers(1, 100, 20):
+            prompt = rng.integers(0, 64, size).tolist()
+            yield Request(prompt, int(rng.integers(1, 28)), SAMPLINGS[seed % 4], int(size))
+
+    one = engine()
+    for seed in range(4):
+        run(one, list(requests(seed)))
+    compiled = [f._cache_size() for f in (programs.decode, programs._take, programs.place)]  # type: ignore[attr-defined]
+    for seed in range(4, 8):
+        run(one, list(requests(seed)))
+    assert compiled == [
+        f._cache_size()  # type: ignore[attr-defined]
+        for f in (programs.decode, programs._take, programs.place)
+    ]
+
+
+def test_a_prompt_beyond_the_lengths_of_training() -> None:
+    """ALiBi has no last position; chunks of 512 tokens, the last of them short."""
+    prompt = np.random.default_rng(0).integers(0, 64, 2500).tolist()
+    ((ids, logprobs),) = run(engine(slots=2, length=2600), [Request(prompt, 9)])
+    logits = uncached([*prompt, *ids])[len(prompt) - 1 : -1]
+    assert ids == logits.argmax(-1).tolist()
+    expected = np.asarray(jax.nn.log_softmax(logits))[range(9), ids]
+    np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_cache_in_eight_bits_is_nearly_the_same(devices: int) -> None:
+    steps = CachedSteps(CONFIG, *placed(devices), 64, "int8")
+    logits = np.asarray(steps.prefill([PROMPTS[3]], 2))
+    expected = uncached(PROMPTS[3])[-1]
+    error = np.abs(logits - expected).max()
+    assert 0 < error < 0.02 * np.abs(expected).max()
+
+
+def test_a_request_that_ends_or_is_cancelled_makes_room() -> None:
+    one = engine(slots=2)
+    ((free, _),) = run(one, [Request(PROMPTS[1], 30, Sampling(1.0), 1)])
+    stop = next(id for id in free[5:] if id not in free[:5])
+    requests = [Request(PROMPTS[1], 30, Sampling(1.0), 1, (stop, 63)), Request(PROMPTS[0], 100)]
+    requests += [Request([7, 8], 10)]
+    numbers = [one.submit(request) for request in requests]
+    answers: dict[int, list[int]] = {number: [] for number in numbers}
+    done = {}
+    while one.busy:
+        for fresh in one.step():
+            answers[fresh.number] += fresh.ids
+            done[fresh.number] = fresh.done
+        if len(answers[numbers[1]]) > 20:
+            one.cancel(numbers[1])
+    assert answers[numbers[0]] == free[: free.index(stop)] and done[numbers[0]]
+    assert 20 < len(answers[numbers[1]]) < 40 and not done[numbers[1]]
+    ((alone, _),) = run(one, [requests[2]])
+    assert answers[numbers[2]] == alone
+
+
+def test_logits_are_what_a_function_makes_of_them() -> None:
+    def odd_ids_only(logits_BV: Any, tokens_BS: Any, lengths_B: Any) -> Any:
+        last_B = jax.vmap(lambda tokens_S, n: tokens_S[n - 1])(tokens_BS, lengths_B)
+        V = logits_BV.shape[1]
+        wrong_BV = (jnp.arange(V) % 2 == 0) | (jnp.arange(V) == last_B[:, None])
+        return jnp.where(wrong_BV, -jnp.inf, logits_BV)
+
+    answers = run(engine(logits_fn=odd_ids_only), [Request(prompt, 20) for prompt in PROMPTS])
+    for prompt, (ids, _) in zip(PROMPTS, answers, strict=True):
+        assert all(id % 2 for id in ids)
+        assert all(a != b for a, b in zip([prompt[-1], *ids], ids, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (Request([]), InputError),
+        (Request([-1]), InputError),
+        (Request([64]), InputError),
+        (Request([1] * 100, 29), InputError),
+        (Request([1], stop_ids=(1, 2, 3, 4, 5)), InputError),
+        (Request([1], 5, Sampling(top_k=3)), ConfigError),
+        (Request([1], 0), ConfigError),
+    ],
+)
+def test_bad_requests_are_refused(request_: Request, error: type[Exception]) -> None:
+    one = shared()
+    with pytest.raises(error, match="expected") as caught:
+        one.submit(request_)
+    assert "\n" not in str(caught.value)
+    assert not one.busy

@@ -33,7 +33,7 @@ from bloomjax.decode.programs import (
     tokens_per_dispatch,
 )
 from bloomjax.decode.sampling import GREEDY, Features, Sampling, settings_of
-from bloomjax.errors import InputError
+from bloomjax.errors import ConfigError, InputError
 from bloomjax.model import Params
 from bloomjax.sharding import put
 
@@ -207,6 +207,8 @@ class Engine:
 def check(request: Request, config: ModelConfig, length: int) -> None:
     """InputError, in one line, for a request that no slot of `length` can take."""
     prompt, V = request.prompt, config.vocab_size
+    if request.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {request.max_new_tokens}: expected 1 or more")
     sampling.check(request.sampling, request.max_new_tokens)
     if len(request.stop_ids) > STOP_IDS:
         raise InputError(f"{len(request.stop_ids)} stop ids: expected at most {STOP_IDS}")
