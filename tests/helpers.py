@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from bloomjax.config import ModelConfig, base_config, freeze
 from bloomjax.decode import params as decode_params
 from bloomjax.formats.names import TABLE, Row, nest
-from bloomjax.kernels.packed import Packed
+from bloomjax.kernels.packed import Packed, widened
 from bloomjax.model import Params, abstract_params, bind
 from bloomjax.sharding import act, make_mesh, put
 
@@ -72,6 +73,23 @@ def packed_params(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any = 
     tensors_as_tree = decode_params.tree(config, leaf)
     is_packed = lambda node: isinstance(node, Packed)  # noqa: E731
     return jax.tree.map(place, shapes, tensors_as_tree, is_leaf=is_packed)
+
+
+def widened_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Parameters as decoding has them -> tensors under Hugging Face's names: matrices in the dtype
+    that they are held in, or float32 where they are quantised."""
+    tensors = {}
+    for row in TABLE:
+        for layer in row.layers(config):
+            key = row.path.rpartition(".")[2]
+            leaf: Any = params["blocks"][layer][key] if row.stacked else params[key]
+            if isinstance(leaf, Packed):
+                dtype = jnp.float32 if leaf.scales is not None else leaf.values.dtype
+                tensor = np.asarray(widened(leaf, dtype))
+            else:
+                tensor = row.to_theirs(np.asarray(leaf), config.sizes)
+            tensors[row.hf.format(layer)] = tensor
+    return tensors
 
 
 def forward(params: Params, config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:

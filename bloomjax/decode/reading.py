@@ -107,21 +107,19 @@ def _matrix(rows: _Rows, like: Packed, mesh: Mesh) -> Packed:
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
     by_rows = NamedSharding(flat, P("rows"))
     each = -(-J // mesh.size)
+    total = each * mesh.size
     pieces = []
-    for device, (span, *_) in by_rows.addressable_devices_indices_map((each * mesh.size,)).items():
-        start, stop, _ = span.indices(each * mesh.size)
+    for device, index in by_rows.addressable_devices_indices_map((total,)).items():
+        start, stop, _ = index[0].indices(total) if index else (0, total, 1)
         found = rows.read(min(start, J), min(stop, J))
-        missing = stop - start - len(found[0])
-        if missing:
+        if missing := stop - start - len(found[0]):
             found = tuple(np.pad(a, ((0, missing), (0, 0))) for a in found)
         pieces.append([jax.device_put(a, device) for a in found])
     dealt = [
-        jax.make_array_from_single_device_arrays(
-            (each * mesh.size, parts[0].shape[1]), by_rows, list(parts)
-        )
+        jax.make_array_from_single_device_arrays((total, parts[0].shape[1]), by_rows, [*parts])
         for parts in zip(*pieces, strict=True)
     ]
-    wanted = [a for a in (like.values, like.scales) if a is not None]
+    wanted: list[Any] = [a for a in (like.values, like.scales) if a is not None]
     if not all(map(_same, dealt, wanted)):
         layouts = tuple(NamedSharding(auto, a.sharding.spec) for a in wanted)
         dealt = _packed(J, rows.quantise, like.values.dtype, by_rows, layouts)(*dealt)

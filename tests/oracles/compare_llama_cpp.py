@@ -214,10 +214,10 @@ def contents(path: pathlib.Path) -> dict[str, tuple[Any, bytes]]:
 
 
 def trained(folder: pathlib.Path, workdir: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    from helpers import to_hf
+    from helpers import widened_hf
 
     model = bloomjax.load(workdir)
-    config, hf = model.config, to_hf(model.params, model.config)
+    config, hf = model.config, widened_hf(model.params, model.config)
     heldout = open_prepared(pathlib.Path(workdir) / "data").heldout
     assert heldout
     tokens = Indexed(heldout.prefix).read(0, STRETCHES * TOKENS).reshape(STRETCHES, TOKENS)

@@ -34,12 +34,12 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from facts import keep, machine  # noqa: E402
 from foreign import Memory, copy  # noqa: E402
-from helpers import model_config, one_device  # noqa: E402
+from helpers import model_config  # noqa: E402
 
+import bloomjax  # noqa: E402
 from bloomjax.data.tokenizer import load_tokenizer, train_tokenizer  # noqa: E402
 from bloomjax.formats.hf import HFReader, HFWriter  # noqa: E402
 from bloomjax.formats.tensors import DTYPES, order  # noqa: E402
-from bloomjax.source import Model, read_params  # noqa: E402
 
 SHAPES = (
     {"layers": 2, "width": 32, "heads": 4, "vocab_size": 320},
@@ -114,10 +114,7 @@ def ours_in_theirs(
     stored = str(model.dtype) == f"torch.{dtype}"
     found = logits(model.eval(), tokens)
     expected = logits(reference(shape, dtype), tokens)
-    mesh = one_device()
-    reader = HFReader(folder)
-    params = read_params(reader, memory.config, mesh)
-    own = np.asarray(Model(memory.config, params, mesh, None, "")(jax.numpy.asarray(tokens)))
+    own = np.asarray(bloomjax.load(folder)(jax.numpy.asarray(tokens)))
     return {
         "keys": {key: sorted(map(str, value)) for key, value in info.items()},
         "warnings": lines,
