@@ -147,7 +147,7 @@ def keep_compiled() -> str | None:
     there are many.
     """
     folder = jax.config.values["jax_compilation_cache_dir"]
-    if folder is None:
+    if not folder:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = os.path.join(base, "bloomjax", "compiled")
         jax.config.update("jax_compilation_cache_dir", folder)

@@ -211,14 +211,16 @@ class Bloom(nnx.Module):
         x_BRD, _ = jax.lax.scan(layer, x_BRD, (scannable(stack), keys))
         return self.last_norm(x_BRD)
 
-    def decode(self, tokens_BS: jax.Array, attention: Callable[[int], Attention]) -> jax.Array:
-        """As `__call__`, through a list of blocks; `attention(i)` is layer i's, over its cache."""
+    def decode(
+        self, tokens_BS: jax.Array, layer: Callable[[int, Block, jax.Array], jax.Array]
+    ) -> jax.Array:
+        """As `__call__`, through a list of blocks; `layer` takes the stream through one of them."""
         table = self.embed.get_value()
         x_BSD = look_up(table, jax.reshard(tokens_BS, act("1S")), compute_dtype(self.config))
         epsilon = self.config.layer_norm_epsilon
         x_BSD = layer_norm(x_BSD, self.embed_ln_w, self.embed_ln_b, epsilon)
         for i, block in enumerate(self.blocks):
-            x_BSD = block(x_BSD, attention(i), letter="S")
+            x_BSD = layer(i, block, x_BSD)
         return self.last_norm(x_BSD)
 
     def embed_tokens(self, tokens_BT: jax.Array, letter: str = "T") -> jax.Array:

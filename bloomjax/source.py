@@ -113,7 +113,9 @@ def _logits(config: ModelConfig, params: Params, tokens_BT: Any, segments_BT: An
     attention = functools.partial(
         attend, segments_BT=segments_BT, round_alibi=config.alibi_dtype == "compute"
     )
-    return bloom.logits(bloom.decode(tokens_BT, lambda _: attention))
+    return bloom.logits(
+        bloom.decode(tokens_BT, lambda _, block, x_BSD: block(x_BSD, attention, letter="S"))
+    )
 
 
 class CacheSize(NamedTuple):

@@ -56,6 +56,23 @@ def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     return tensors
 
 
+def widened_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Parameters as decoding has them -> tensors under Hugging Face's names: matrices in the dtype
+    that they are held in, or float32 where they are quantised."""
+    tensors = {}
+    for row in TABLE:
+        for layer in row.layers(config):
+            key = row.path.rpartition(".")[2]
+            leaf: Any = params["blocks"][layer][key] if row.stacked else params[key]
+            if isinstance(leaf, Packed):
+                dtype = jnp.float32 if leaf.scales is not None else leaf.values.dtype
+                tensor = np.asarray(widened(leaf, dtype))
+            else:
+                tensor = row.to_theirs(np.asarray(leaf), config.sizes)
+            tensors[row.hf.format(layer)] = tensor
+    return tensors
+
+
 def packed_params(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any = None) -> Params:
     """`params` of training as decoding has them, in floats, on a decode mesh."""
     tensors = to_hf(params, config)
@@ -73,23 +90,6 @@ def packed_params(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any = 
     tensors_as_tree = decode_params.tree(config, leaf)
     is_packed = lambda node: isinstance(node, Packed)  # noqa: E731
     return jax.tree.map(place, shapes, tensors_as_tree, is_leaf=is_packed)
-
-
-def widened_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Parameters as decoding has them -> tensors under Hugging Face's names: matrices in the dtype
-    that they are held in, or float32 where they are quantised."""
-    tensors = {}
-    for row in TABLE:
-        for layer in row.layers(config):
-            key = row.path.rpartition(".")[2]
-            leaf: Any = params["blocks"][layer][key] if row.stacked else params[key]
-            if isinstance(leaf, Packed):
-                dtype = jnp.float32 if leaf.scales is not None else leaf.values.dtype
-                tensor = np.asarray(widened(leaf, dtype))
-            else:
-                tensor = row.to_theirs(np.asarray(leaf), config.sizes)
-            tensors[row.hf.format(layer)] = tensor
-    return tensors
 
 
 def forward(params: Params, config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:

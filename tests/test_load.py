@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
     with pytest.raises(DoesNotFitError) as caught:
         bloomjax.load(tmp_path / "hf", mesh, cache=CacheSize(8, 512))
     line = str(caught.value)
-    assert "\n" not in line and "8.39 MB of cache" in line and "found 8.39 MB" in line
+    assert "\n" not in line and "16.78 MB of cache" in line and "found 8.39 MB" in line
     assert "int8" not in line  # the cache alone is too large
     monkeypatch.setattr(memory, "host", lambda: memory.Host(free, free - 3 * 2**20, None))
     with pytest.raises(DoesNotFitError, match="take --quantize=int8 "):

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from bloomjax.attention import alibi_slopes
 from bloomjax.config import ModelConfig
-from bloomjax.model import Attention, compute_dtype
+from bloomjax.model import Block, compute_dtype
 from bloomjax.sharding import act, offset_of, on_devices, split_of, sum_over
 
 
@@ -83,19 +84,47 @@ class CachedAttention:
     def cache(self) -> Cache:
         return Cache(tuple(self._keys), tuple(self._values))
 
-    def layer(self, i: int) -> Attention:
-        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            keys, values = self._keys[i], self._values[i]
-            letter = slots_letter(keys.values.shape[0])
-            rows = act((letter if self._local is _one_token else "1") + "SNH")
-            held = Held(act(letter + "NSH"), None if keys.scales is None else act(letter + "NS"))
-            at = (act(letter),) if self._local is _one_token else (act(""), act(""))
-            local = functools.partial(self._local, self._round, letter)
-            run = on_devices(local, (rows, rows, rows, held, held, *at), (rows, held, held))
-            out, self._keys[i], self._values[i] = run(q, k, v, keys, values, *self._at)
-            return jax.reshard(out, act("1SNH"))
+    def layer(self, i: int, block: Block, x_BSD: jax.Array) -> jax.Array:
+        """The residual stream through block i."""
+        graph, weights = nnx.split(block)
+        x_BSD, self._keys[i], self._values[i] = _layer(
+            graph,
+            self._local,
+            self._round,
+            weights,
+            x_BSD,
+            self._keys[i],
+            self._values[i],
+            self._at,
+        )
+        return x_BSD
 
-        return attention
+
+# Under jit for the sake of its trace, which all layers share: to trace them one by one takes
+# seconds of every start. In the program, layers stand one after the other.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _layer(
+    graph: Any,
+    local: Any,
+    round_alibi: bool,
+    weights: Any,
+    x_BSD: jax.Array,
+    keys: Held,
+    values: Held,
+    at: Any,
+) -> tuple[jax.Array, Held, Held]:
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        nonlocal keys, values
+        letter = slots_letter(keys.values.shape[0])
+        rows = act((letter if local is _one_token else "1") + "SNH")
+        held = Held(act(letter + "NSH"), None if keys.scales is None else act(letter + "NS"))
+        places = (act(letter),) if local is _one_token else (act(""), act(""))
+        here = functools.partial(local, round_alibi, letter)
+        run = on_devices(here, (rows, rows, rows, held, held, *places), (rows, held, held))
+        out, keys, values = run(q, k, v, keys, values, *at)
+        return jax.reshard(out, act("1SNH"))
+
+    return nnx.merge(graph, weights)(x_BSD, attention, letter="S"), keys, values
 
 
 def _one_token(
