@@ -9,6 +9,7 @@ file, or a repository of the hub: bigscience/bloom-560m@main.
 Texts go to stdout, in the order of the prompts, all else to stderr.
 """
 
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -112,12 +113,14 @@ def main(values: flags.FlagValues) -> None:
             engine = model.engine(*cache, prompt_tokens=sys.maxsize)
             stages.say(f"{slots} slots of {engine.length} tokens, {amount(engine.cache_bytes)}")
             pieces, note = together(engine, answers, slots), rate(engine)
+        pieces = stages.first(pieces, "first token")
         if opened.tokenizer and values.stream is not False and not alone_not(values):
             print_stream(entries[0], pieces)
         else:
             print_all(entries, pieces, values.json, values.prompts_file or "", note)
-        stages.done("write")
-        stages.say(note())
+        stages.done("the rest")
+        each = statistics.median(a.tokens_per_second for a in answers) if answers else 0.0
+        stages.say(f"{each:.1f} tokens/s of a text; of all, compiling too, {note()}")
         stages.tell_compiles()
     if bad := sum(bool(prompt.fault) for prompt in prompts):
         raise InputError(

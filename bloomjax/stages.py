@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -22,6 +23,9 @@ _TRACED = (
 )
 
 
+T = TypeVar("T")
+
+
 class Stages:
     """Inside of its `with`, compiles are noticed; `loud`, everything is told as it ends."""
 
@@ -32,7 +36,7 @@ class Stages:
         self._last = time.perf_counter() - _age()
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of each program's compile
         self._counts: Counter[str] = Counter()  # a program is compiled for each shape
-        self._timer = threading.Timer(0, lambda: None)
+        self._timer, self._said = threading.Timer(0, lambda: None), False
 
     def __enter__(self) -> "Stages":
         jax.monitoring.register_event_listener(self._event)
@@ -49,6 +53,13 @@ class Stages:
         now = time.perf_counter()
         self.say(f"{stage}: {now - self._last:.2f} s")
         self._last = now
+
+    def first(self, given: Iterable[T], stage: str) -> Iterator[T]:
+        """All that is given; with the first of it a stage ends."""
+        for n, one in enumerate(given):
+            if n == 0:
+                self.done(stage)
+            yield one
 
     def say(self, line: str) -> None:
         if self._loud:
@@ -78,8 +89,10 @@ class Stages:
             self._seconds[name] += duration_secs
 
     def _long(self) -> None:
-        kept = f", kept for the next start in {self.kept_in}" if self.kept_in else ""
-        print(f"compiling: a minute or so for a large model{kept}", file=sys.stderr, flush=True)
+        if not self._said:
+            kept = f"; kept for the next start in {self.kept_in}" if self.kept_in else ""
+            print(f"compiling takes a while{kept}", file=sys.stderr, flush=True)
+        self._said = True
 
 
 def _age() -> float:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from foreign import Memory, copy
 from helpers import model_config
 from trial import ROOT, Ended, inside, refused
 
+import bloomjax
 from bloomjax import answers, cli, generate, memory
 from bloomjax.answers import Entry, print_all
 from bloomjax.data.files import Progress
@@ -111,16 +113,23 @@ def test_several_texts_have_seeds_of_their_own(run: Run) -> None:
     assert plain == "".join(f"=== text {i}\n{text}\n" for i, text in texts)
 
 
-def test_beams_find_a_likelier_text(run: Run) -> None:
+def test_beams_find_a_likelier_text(run: Run, model: Path) -> None:
     flags = ("--prompt_ids=5,6,7", "--max_new_tokens=6", "--json")
     (greedy,) = records(run(*flags))
-    found = records(run(*flags, "--num_beams=3", "--num_return_sequences=2"))
+    beams = ("--num_beams=3", "--num_return_sequences=2", "--length_penalty=0.5")
+    found = records(run(*flags, *beams))
     assert found[0]["logprob"] >= found[1]["logprob"]
     assert found[0]["logprob"] >= greedy["logprob"] - 1e-4
     assert found[0]["token_ids"] != found[1]["token_ids"]
     for record in found:
         assert list(record) == FIELDS and record["tokens_per_second"] > 0
-    best = run(*flags[:-1], "--num_beams=3").out
+    loaded = bloomjax.load(model)
+    for record in found:
+        whole = record["prompt_ids"] + record["token_ids"]
+        logprobs_TV = jax.nn.log_softmax(loaded(jnp.asarray([whole]))[0, 2:-1])
+        expected = sum(float(logprobs_TV[t, i]) for t, i in enumerate(record["token_ids"]))
+        assert record["logprob"] == pytest.approx(expected, abs=1e-4)
+    best = run(*flags[:-1], *beams[::2]).out
     assert best == found[0]["text"] + "\n"
 
 
@@ -272,7 +281,9 @@ def test_verbose_tells_stages_sizes_and_compiles(run: Run) -> None:
         r"^open: [\d.]+ s$",
         rf"{CONFIG.parameter_count:,} parameters; needs",
         r"^1 slots of 16 tokens, [\d.]+ MB$",
-        r"occupancy \d+%",
+        r"^first token: [\d.]+ s$",
+        r"^the rest: [\d.]+ s$",
+        r"^[\d.]+ tokens/s of a text; of all, compiling too, [\d.]+ tokens/s, occupancy \d+%$",
         r"^\d+ programs to trace and compile, or to find: [\d.]+ s$",
     ):
         assert re.search(told, end.err, re.M), end.err
