@@ -70,7 +70,7 @@ def test_an_answer_ends_at_a_stop_string_at_its_limit_or_at_an_id() -> None:
 
     stopped = answer(["bc"])
     assert stopped.take(Fresh(0, [0, 1], [-1.0, -1.0], False)) == "a"
-    assert stopped.take(Fresh(0, [2, 3], [-1.0, -1.0], True)) == ""
+    assert stopped.take(Fresh(0, [2, 3], [-1.0, -1.0], False)) == ""
     assert (stopped.ids, stopped.logprob, stopped.finish) == ([0, 1, 2], -3.0, "stop")
 
     full = answer(["de"])
