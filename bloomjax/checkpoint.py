@@ -11,6 +11,7 @@ set aside as `STEP.corrupt`. The folder must be seen by all processes and rename
 import dataclasses
 import errno
 import fcntl
+import importlib
 import itertools
 import json
 import logging
@@ -28,7 +29,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from bloomjax import manifests
@@ -80,7 +80,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         on_first(self._open)  # by process 0 for all
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._orbax = ocp.AsyncCheckpointer(_handler())
+        self._orbax = _ocp().AsyncCheckpointer(_handler())
 
     def _open(self) -> None:
         try:
@@ -141,6 +141,7 @@ class Checkpoints:
             raise ValueError(f"step {step} is already in {self.folder}")
         manifest = {"step": step, "meta": json.loads(json.dumps(meta)), "leaves": _leaves(state)}
         path, begun = self.folder / f"{step}.saving", time.monotonic()
+        ocp = _ocp()
         cut = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_FILE_BYTES), state)
         try:
             self._orbax.save(path, args=ocp.args.PyTreeSave(state, save_args=cut))
@@ -153,7 +154,7 @@ class Checkpoints:
         step, me, count = manifest["step"], jax.process_index(), jax.process_count()
         # Collectives over devices would mix with those of the training step; these barriers and
         # the shared folder do not.
-        barrier = ocp.multihost.get_barrier_sync_fn()
+        barrier = _ocp().multihost.get_barrier_sync_fn()
         try:
             self._orbax.wait_until_finished()
             sizes = manifests.sizes(path)
@@ -352,15 +353,22 @@ def _find(
     return None, []
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
+def _ocp() -> Any:
+    """Orbax, which takes half a second to import: whoever reads other formats need not wait."""
+    return importlib.import_module("orbax.checkpoint")
+
+
+def _handler() -> Any:
     # One file a chunk instead of OCDBT: what a leaf needs can be read and verified alone, no
     # process merges the others' work, and a conversion can write the same layout slice by slice.
     # Trained float32 hardly compresses, and the cores are busy training.
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
+    return _ocp().PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
 
 
 def _read(path: Path, target: PyTree) -> PyTree:
-    def loose(path: Any, args: ocp.ArrayRestoreArgs) -> ocp.ArrayRestoreArgs:
+    ocp = _ocp()
+
+    def loose(path: Any, args: Any) -> Any:
         stacked = any(getattr(key, "key", None) == STACK for key in path)
         return dataclasses.replace(args, strict=not stacked)
 

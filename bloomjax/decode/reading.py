@@ -124,6 +124,7 @@ def _matrix(rows: _Rows, like: Packed, mesh: Mesh) -> Packed:
         layouts = tuple(NamedSharding(auto, a.sharding.spec) for a in wanted)
         dealt = _packed(J, rows.quantise, like.values.dtype, by_rows, layouts)(*dealt)
     placed = [jax.device_put(a, b.sharding) for a, b in zip(dealt, wanted, strict=True)]
+    jax.block_until_ready(placed)  # or tensors that wait for the devices would pile up
     values, scales = placed if len(placed) == 2 else (*placed, None)
     return dataclasses.replace(like, values=values, scales=scales)
 
@@ -139,15 +140,28 @@ def _same(found: jax.Array, wanted: Any) -> bool:
 
 @functools.cache
 def _packed(J: int, kind: str, dtype: Any, by_rows: NamedSharding, layouts: Any) -> Any:
-    def one(row: jax.Array) -> Any:
-        found = quantise(row[None].astype(jnp.float32), kind)
-        return jax.tree.map(lambda a: a[0], found)
+    def on_device(rows: jax.Array) -> Any:
+        # Some at a time, since they are widened for it; the last may be done twice.
+        n = min(_ROWS, len(rows))
 
-    @functools.partial(
-        jax.shard_map, mesh=by_rows.mesh, in_specs=by_rows.spec, out_specs=by_rows.spec
+        def some(i: jax.Array, packed: Any) -> Any:
+            start = jnp.minimum(i * n, len(rows) - n)
+            part = jax.lax.dynamic_slice_in_dim(rows, start, n).astype(jnp.float32)
+            return jax.tree.map(
+                lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, start, 0),
+                packed,
+                quantise(part, kind),
+            )
+
+        part = jax.ShapeDtypeStruct((n, rows.shape[1]), jnp.float32)
+        like = jax.eval_shape(lambda part: quantise(part, kind), part)
+        empty = jax.tree.map(lambda a: jnp.zeros((len(rows), a.shape[1]), a.dtype), like)
+        return jax.lax.fori_loop(0, -(-len(rows) // n), some, empty)
+
+    spec = by_rows.spec
+    quantised = jax.shard_map(
+        on_device, mesh=by_rows.mesh, in_specs=spec, out_specs=spec, check_vma=False
     )
-    def quantised(rows: jax.Array) -> Any:  # some at a time: they are widened for it
-        return jax.lax.map(one, rows, batch_size=_ROWS)
 
     def run(*dealt: jax.Array) -> Any:
         values, *scales = quantised(*dealt) if kind else dealt
