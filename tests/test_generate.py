@@ -283,7 +283,7 @@ def test_verbose_tells_stages_sizes_and_compiles(run: Run) -> None:
         r"^1 slots of 16 tokens, [\d.]+ MB$",
         r"^first token: [\d.]+ s$",
         r"^the rest: [\d.]+ s$",
-        r"^[\d.]+ tokens/s of a text; of all, compiling too, [\d.]+ tokens/s, occupancy \d+%$",
+        r"^[\d.]+ tokens/s of a text; of all, compiling too, [\d.,]+ tokens/s, occupancy \d+%$",
         r"^\d+ programs to trace and compile, or to find: [\d.]+ s$",
     ):
         assert re.search(told, end.err, re.M), end.err
