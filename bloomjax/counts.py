@@ -20,7 +20,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import numpy as np
@@ -52,11 +52,13 @@ class Counts:
 
     flops: Sums[str] = dataclasses.field(default_factory=_sums)  # by part
     memory: float = 0.0  # bytes read and written
+    turns: float = 0.0  # of loops
     collectives: Sums[tuple[str, str]] = dataclasses.field(default_factory=_sums)  # bytes sent
     calls: Sums[tuple[str, str]] = dataclasses.field(default_factory=_sums)
 
-    def add(self, other: "Counts", times: int = 1) -> None:
+    def add(self, other: "Counts", times: float = 1) -> None:
         self.memory += times * other.memory
+        self.turns += times * other.turns
         for name in ("flops", "collectives", "calls"):
             mine, others = getattr(self, name), getattr(other, name)
             for key, value in others.items():
@@ -87,12 +89,35 @@ def count(
     return _Walk(computations, dict(mesh), part, unknown_trips).computation(entry, _nothing)
 
 
+def written(text: str, sizes: Set[int]) -> Iterator[str]:
+    """Operations of an executable that write an array of so many elements to memory anew, not in
+    place: what no program does that keeps large arguments where they are."""
+    computations, _ = parse(text)
+    ops = [op for computation in computations.values() for op in computation.ops.values()]
+    fused = {name for op in ops if op.code == "fusion" for name in op.called("calls")}
+    for name, here in computations.items():
+        for op in here.ops.values() if name not in fused else ():
+            if op.code in _FREE | _IN_PLACE.keys() | _CALLS or op.code.endswith(_MEANWHILE):
+                continue  # of what goes on meanwhile, "-done" has the result alone
+            roots = [computations[n].root for n in op.called("calls")]
+            if any(root.code in _IN_PLACE for root in roots):
+                continue
+            for array in op.outputs:
+                if array.in_memory and math.prod(array.dims) in sizes:
+                    dims = ",".join(map(str, array.dims))
+                    yield f"{array.dtype}[{dims}] by {op.name} ({op.op_name})"
+
+
+_CALLS = {"while", "call", "conditional"}
+_MEANWHILE = ("-start", "-update")
 # Operations that move nothing, or whose bytes other operations count.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain", "reshape"),
 }
 _VIEWS = {"bitcast", "reshape", "convert", "copy", "transpose"}
+# Where an array that is updated in place is the first operand: which one the update is.
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 
 Known = Callable[[int], int | None]  # the number at a place of a tuple, if it is known
 
@@ -124,7 +149,9 @@ class _Walk:
             if op.code == "while":
                 (body,), (condition,) = op.called("body"), op.called("condition")
                 begin = functools.partial(self._number, here, op.operands[0], known)
-                total.add(self.computation(body, begin), self._trips(op, condition, begin))
+                trips = self._trips(op, condition, begin)
+                total.add(self.computation(body, begin), trips)
+                total.turns += trips
             elif op.code == "conditional":
                 keys = "branch_computations", "true_computation", "false_computation"
                 branches = [self.computation(b, _nothing) for b in op.called(*keys)]
@@ -236,8 +263,8 @@ class _Walk:
             return reads + self._written(called, op.outputs)
         if op.code in ("slice", "dynamic-slice", "gather"):
             return 2 * _in_memory(op.outputs)
-        if op.code == "dynamic-update-slice":
-            return 2 * operands[1]
+        if op.code in _IN_PLACE:
+            return 2 * operands[_IN_PLACE[op.code]]
         if op.code.endswith("-start"):  # its output lists its operand again
             return 2 * sum(operands)
         return sum(operands) + _in_memory(op.outputs)
@@ -261,7 +288,7 @@ class _Walk:
                     inner = self.computations[user.called("calls")[0]]
                     places = [i for i, n in enumerate(user.operands) if n == name]
                     total += sum(self._read(inner, i, whole) for i in places)
-                elif not (user.code == "dynamic-update-slice" and first):
+                elif not (user.code in _IN_PLACE and first):
                     return whole
         return min(whole, total)
 
@@ -275,8 +302,9 @@ class _Walk:
         for root, output in zip(roots, outputs, strict=True):
             while root.code in _VIEWS:
                 root = fused.ops[root.operands[0]]
-            if root.code == "dynamic-update-slice":
-                total += fused.ops[root.operands[1]].outputs[0].bytes * output.in_memory
+            if root.code in _IN_PLACE:
+                update = root.operands[_IN_PLACE[root.code]]
+                total += fused.ops[update].outputs[0].bytes * output.in_memory
             elif root.code == "fusion" and not tuple_root:
                 total += self._written(self.computations[root.called("calls")[0]], outputs)
             else:

@@ -2,6 +2,7 @@
 
     python -m bloomjax.plan --config=configs/X.py --target=gpu-h200:48x8
     python -m bloomjax.plan --config=configs/X.py --target=tpu-v5p:8x8x8 --search --plot=plan.png
+    python -m bloomjax.plan --config=configs/X.py --target=gpu-h200:1x8 --decode [--quantize=int8]
 
 The real train step is compiled by the real compiler, without a device; times are predicted from
 the machine's data sheet and measured efficiencies. Without a mesh in the config or on the command
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from bloomjax import aot, cli, cost, machines, picture, search
+from bloomjax import aot, cli, cost, decode_cost, decode_plan, machines, picture, search
 from bloomjax.config import Config, MeshConfig, base_config, freeze
 from bloomjax.errors import ConfigError, DoesNotFitError
 
@@ -35,6 +36,13 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("plot", None, "draw the plan: a .png or .svg", flag_values=values)
     flags.DEFINE_bool("json", False, "one JSON object on stdout", flag_values=values)
+    flags.DEFINE_bool("decode", False, "plan decoding, not training", flag_values=values)
+    flags.DEFINE_enum(
+        "quantize", "none", decode_cost.QUANTIZE, "weights of --decode", flag_values=values
+    )
+    flags.DEFINE_list(
+        "slots", "1,32,128", "sequences that --decode runs at once", flag_values=values
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +68,13 @@ def main(values: flags.FlagValues) -> None:
     jax.config.update("jax_platforms", "cpu")  # a plan takes no device from whoever trains here
     target, config = aot.target(values.target), cli.load_config(values)
     machine = machines.machine(target.kind)
+    if values.decode:
+        decode(values, target, machine, config)
+        return
+    if values["quantize"].present or values["slots"].present:
+        raise ConfigError(
+            "--quantize and --slots tell how to decode: expected --decode beside them"
+        )
     devices = aot.devices(target)
     given = config.mesh != freeze(base_config()).mesh or any(
         override.startswith("mesh.") for override in values.set
@@ -88,6 +103,39 @@ def main(values: flags.FlagValues) -> None:
             f"{_layout(best.config)} on {target}: expected at most {_gb(capacity)} a device, found "
             f"{_gb(need)}: let --search choose, or split or recompute more"
         )
+
+
+def decode(
+    values: flags.FlagValues, target: aot.Target, machine: machines.Machine, config: Config
+) -> None:
+    """The mesh of a config is that of training: of decoding, only what the command line says."""
+    if values.search or values.plot:
+        raise ConfigError("--decode tries every layout and draws none: leave --search, --plot out")
+    if not all(n.isdecimal() and int(n) for n in values.slots):
+        given = ",".join(values.slots)
+        raise ConfigError(f"--slots={given}: expected numbers of 1 or more, as 1,32,128")
+    said = {override.split("=")[0] for override in values.set}
+    sizes = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if n != -1}
+    fixed = {axis: n for axis, n in sizes.items() if f"mesh.{axis}" in said}
+    slots = [int(n) for n in values.slots]
+    plans = decode_plan.plan(target, machine, config, slots, values.quantize, fixed)
+    # The largest, whose memory is in question.
+    largest = max((p for p in plans if p.fits), key=lambda plan: plan.estimate.layout.slots)
+    if aot.has_compiler(target):
+        devices = aot.devices(target)
+        _say(
+            f"compiling the step of {largest.estimate.layout.slots} slots: this takes some minutes"
+        )
+        made = decode_plan.compiled(largest, devices)
+        plans = [made if plan is largest else plan for plan in plans]
+    else:
+        _say("by count alone: to compile the step too, pip install 'bloomjax[plan]'")
+    if values.json:
+        print(json.dumps(decode_plan.record(plans)))
+    else:
+        print("\n".join(decode_plan.report(plans)))
+    if not any(plan.fits for plan in plans):
+        raise DoesNotFitError("no step fits as compiled: take more devices, or fewer --slots")
 
 
 def compile_best(

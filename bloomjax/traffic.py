@@ -251,19 +251,36 @@ def collective(
     n = math.prod(layout.sizes[axis] for axis in axes.split("+"))
     steps = {"all-gather": n - 1, "reduce-scatter": n - 1, "all-reduce": 2 * (n - 1)}.get(kind)
     sent = whole if steps is None else whole / n * steps
-    rate, hop = rate_of(layout, machine, axes, ring=steps is not None)
+    rate, hop = rate_of(layout.sizes, machine, axes, ring=steps is not None)
     took = max(sent / rate, hop * (steps or 1))
     return Collective(what, kind, axes, sent, count, role, took * count)
 
 
-def rate_of(layout: Layout, machine: Machine, axes: str, ring: bool) -> tuple[float, float]:
-    """(bytes/s that each device can send along `axes`, seconds of a hop).
+def rate_of(
+    sizes: dict[str, int], machine: Machine, axes: str, ring: bool = True
+) -> tuple[float, float]:
+    """(bytes/s that each device can send along `axes` of a mesh of `sizes`, seconds of a hop).
 
     Inside a node: its links. Beyond, all rings that leave a node share its network: as many as
     devices of the node stand side by side. On a torus: as many of its dimensions as the axes fill,
     in both directions where the dimension closes.
     """
-    return _rate_of(machine, tuple(layout.sizes.values()), axes, ring)
+    return _rate_of(machine, tuple(sizes.values()), axes, ring)
+
+
+def hops_of(sizes: dict[str, int], machine: Machine, axes: str) -> tuple[int, int]:
+    """(hops inside a node or slice, hops between nodes) after which every device of `axes` has
+    what every other had.
+
+    Around a ring of devices, node by node; on a torus, along one side after another, both ways
+    around where it closes.
+    """
+    names, n = axes.split("+"), math.prod(sizes[axis] for axis in axes.split("+"))
+    if machine.torus:
+        return _torus_dimensions(machine, tuple(sizes.values()), names)[2], 0
+    stride = math.prod(list(sizes.values())[max(map(AXES.index, names)) + 1 :])
+    nodes = math.ceil(n * stride / machine.node)
+    return n - nodes, nodes - 1
 
 
 @functools.cache
@@ -282,7 +299,7 @@ def _rate_of(
         return min(network, link * max(2 * machine.torus, 1)), machine.network_latency
     if not machine.torus or not ring:
         return link, machine.link_latency
-    filled, closed = _torus_dimensions(machine, sizes, names)
+    filled, closed, _ = _torus_dimensions(machine, sizes, names)
     return link * filled * (2 if closed else 1), machine.link_latency
 
 
@@ -301,15 +318,17 @@ def torus_shape(dimensions: int, devices: int) -> tuple[int, ...]:
 
 def _torus_dimensions(
     machine: Machine, sizes: tuple[int, ...], names: list[str]
-) -> tuple[int, bool]:
-    """How many whole dimensions of the torus `names` fill, and whether they close to rings.
+) -> tuple[int, bool, int]:
+    """How many whole dimensions of the torus `names` fill, whether they close to rings, and hops
+    from end to end.
 
     Innermost axes are laid out first, each on sides whose product is its size, or on parts of
     some."""
     sides = list(torus_shape(machine.torus, min(math.prod(sizes), machine.node)))
-    filled, closed = 0, True
+    filled, closed, hops = 0, True, 0
     for axis, n in reversed(list(zip(AXES, sizes, strict=True))):
         used = _sides_of(sides, n) if n > 1 else []
+        parts = list(used)
         for _, side in used:
             sides.remove(side)
         while n > 1 and not used and sides and math.gcd(math.prod(sides), n) > 1:
@@ -317,13 +336,17 @@ def _torus_dimensions(
             part = math.gcd(side, n)
             sides.remove(side)
             sides.append(side // part)
+            parts.append((part, side))
             n //= part
             used = [] if n > 1 else [(part, side)]
         if axis in names:
             whole = [side for part, side in used if part == side]
             filled += len(whole)
             closed &= bool(whole) and all(side % machine.wrap == 0 for side in whole)
-    return max(filled, 1), closed and filled > 0
+            for part, side in parts:
+                ring = part == side and side % machine.wrap == 0
+                hops += part // 2 if ring else part - 1
+    return max(filled, 1), closed and filled > 0, hops
 
 
 def _sides_of(sides: list[int], n: int) -> list[tuple[int, int]]:

@@ -102,7 +102,7 @@ SEED = {"stage": 12, "fsdp": 8, "tensor": 4}
 )
 def test_links(name: str, mesh: dict[str, int], axis: str, share: str, gigabytes: float) -> None:
     known, layout = machine(name), Layout.of(config("176b", **mesh), math.prod(mesh.values()))
-    rate, _ = rate_of(layout, known, axis, ring=axis != "stage")
+    rate, _ = rate_of(layout.sizes, known, axis, ring=axis != "stage")
     assert rate == pytest.approx(gigabytes * 1e9 * getattr(known, share))
 
 

@@ -48,7 +48,7 @@ def test_bytes_of_collectives_in_nested_loops() -> None:
         ("reduce-scatter", "b+c"): 15 * 3 * size,
         ("collective-permute", "c"): 3 * size,
     }
-    assert found.calls["all-reduce", "a"] == 15
+    assert found.calls["all-reduce", "a"] == 15 and found.turns == 3 + 15
     assert found.by_axis() == {"a": 15 * size, "b+c": 90 * size, "c": 3 * size}
 
 

@@ -9,7 +9,6 @@ the logits it sees a prompt's C candidates, and tells the device which rows go o
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -43,7 +42,7 @@ class Steps(Protocol):
 class Beams(NamedTuple):
     """How to search."""
 
-    count: int = 4
+    number: int = 4
     length_penalty: float = 1.0  # above 0 favours long answers
     returned: int = 1  # of each prompt
 
@@ -55,19 +54,19 @@ class Hypothesis(NamedTuple):
 
 def check_beams(beams: Beams, sampling: Sampling, max_new_tokens: int) -> None:
     """ConfigError, in one line, for what cannot be searched."""
-    if beams.count < 1:
-        raise ConfigError(f"num_beams is {beams.count}: expected 1 or more")
-    if not 1 <= beams.returned <= beams.count:
+    if beams.number < 1:
+        raise ConfigError(f"num_beams is {beams.number}: expected 1 or more")
+    if not 1 <= beams.returned <= beams.number:
         raise ConfigError(
-            f"num_return_sequences is {beams.returned}: expected 1 to num_beams ({beams.count})"
+            f"num_return_sequences is {beams.returned}: expected 1 to num_beams ({beams.number})"
         )
-    if not math.isfinite(beams.length_penalty):
-        raise ConfigError(f"length_penalty is {beams.length_penalty}: expected a finite number")
+    if not -10 <= beams.length_penalty <= 10:
+        raise ConfigError(f"length_penalty is {beams.length_penalty}: expected -10 to 10")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}: expected 1 or more")
     if sampling.features.draws:
         raise ConfigError(
-            f"temperature is {sampling.temperature} with num_beams {beams.count}: a beam search "
+            f"temperature is {sampling.temperature} with num_beams {beams.number}: a beam search "
             "draws nothing; expected temperature 0, or num_beams 1"
         )
     check(sampling, max_new_tokens)
@@ -87,13 +86,12 @@ def search(
     are added up. ConfigError for what cannot be searched.
     """
     check_beams(beams, sampling, max_new_tokens)
-    K, P = beams.count, len(prompts)
-    lengths_R = np.repeat([len(prompt) for prompt in prompts], K).astype(np.int32)
+    K, P = beams.number, len(prompts)
+    prompt_lengths = [len(prompt) for prompt in prompts for _ in range(K)]
     features = sampling.features
-    settings = settings_of([sampling] * P * K, [0] * P * K, lengths_R, [stop_ids] * P * K)
-    # no program is compiled for a history that is not needed, nor for each length of one
-    S = 1 << int(lengths_R.max() + max_new_tokens).bit_length() if features.history else 0
-    tokens_RS = np.zeros((P * K, S or int(lengths_R.max()) + max_new_tokens), np.int32)
+    settings = settings_of([sampling] * P * K, [0] * P * K, prompt_lengths, [stop_ids] * P * K)
+    S = 1 << (max(prompt_lengths) + max_new_tokens - 1).bit_length()
+    tokens_RS, lengths_R = np.zeros((P * K, S), np.int32), np.array(prompt_lengths, np.int32)
     for p, prompt in enumerate(prompts):
         tokens_RS[p * K : (p + 1) * K, : len(prompt)] = prompt
     # All beams of a prompt begin alike: only the first of them counts.
@@ -102,31 +100,26 @@ def search(
     open_ = [True] * P
     logits_RV = steps.prefill(prompts, K)
     for length in range(1, max_new_tokens + 1):
-        candidates = _candidates(
-            logits_RV, scores_R, tokens_RS[:, :S], lengths_R, settings, features, K
-        )
+        history = tokens_RS if features.history else None
+        candidates = _candidates(logits_RV, scores_R, history, lengths_R, settings, features, K)
         scores_PC, parents_PC, ids_PC = map(np.asarray, candidates)
         ends_PC = np.isin(ids_PC, stop_ids) | (length == max_new_tokens)
+        divisor = np.float32(length**beams.length_penalty)
         parents_R, next_R = np.arange(P * K, dtype=np.int32), np.zeros(P * K, np.int32)
-        for p in np.flatnonzero(open_):
+        for p in [p for p in range(P) if open_[p]]:
             # Ends are taken from the first K candidates; the others are there to go on with.
             for c in np.flatnonzero(ends_PC[p, :K]):
-                row = parents_PC[p, c]
-                ids = [
-                    *tokens_RS[row, len(prompts[p]) : lengths_R[row]].tolist(),
-                    int(ids_PC[p, c]),
-                ]
-                score = scores_PC[p, c] / np.float32(length**beams.length_penalty)
-                found[p].append(Hypothesis(ids[:-1] if ids[-1] in stop_ids else ids, float(score)))
-            found[p] = sorted(found[p], key=lambda h: -h.score)[:K]
-            going = np.flatnonzero(~ends_PC[p])[:K]
-            if not len(going):
-                continue
-            here = slice(p * K, (p + 1) * K)
-            scores_R[here] = scores_PC[p, going]
-            parents_R[here], next_R[here] = parents_PC[p, going], ids_PC[p, going]
-            best = float(scores_R[p * K]) / length**beams.length_penalty
-            open_[p] = len(found[p]) < K or best > found[p][-1].score
+                row, last = parents_PC[p, c], int(ids_PC[p, c])
+                ids = tokens_RS[row, len(prompts[p]) : lengths_R[row]].tolist()
+                ids += [] if last in stop_ids else [last]
+                found[p].append(Hypothesis(ids, float(scores_PC[p, c] / divisor)))
+            found[p] = sorted(found[p], key=lambda answer: -answer.score)[:K]
+            if length < max_new_tokens:
+                here, going = slice(p * K, (p + 1) * K), np.flatnonzero(~ends_PC[p])[:K]
+                parents_R[here], next_R[here] = parents_PC[p, going], ids_PC[p, going]
+                scores_R[here] = scores_PC[p, going]
+                best = float(scores_R[p * K] / divisor)
+                open_[p] = len(found[p]) < K or best > found[p][-1].score
         if length == max_new_tokens or not any(open_):
             break
         tokens_RS = tokens_RS[parents_R]
@@ -140,7 +133,7 @@ def search(
 def _candidates(
     logits_RV: jax.Array,
     scores_R: jax.Array,
-    tokens_RS: jax.Array,
+    tokens_RS: jax.Array | None,
     lengths_R: jax.Array,
     settings: Settings,
     features: Features,
@@ -151,7 +144,7 @@ def _candidates(
     E = settings.stop_ids_BE.shape[1]
     C = K * max(2, 1 + E)
     R, V = logits_RV.shape
-    logprobs_RV = jax.nn.log_softmax(logits_RV)
+    logprobs_RV = jax.nn.log_softmax(jax.reshard(logits_RV, act("B3")))
     scores_RV = processed(logprobs_RV, tokens_RS, lengths_R, settings, features) + scores_R[:, None]
     # the best of all rows are among the best of each
     best_RC, ids_RC = (jax.reshard(x, act("33")) for x in jax.lax.top_k(scores_RV, min(C, V)))

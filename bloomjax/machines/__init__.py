@@ -35,6 +35,9 @@ class Machine:
     link_bytes: float  # a device's links to its node; TPU: one link
     link_share: float  # of link_bytes, that a collective reaches
     link_latency: float  # a hop
+    # How small collectives may run: (seconds to start, seconds a hop, share of the links' rate).
+    protocols: tuple[tuple[float, float, float], ...]
+    launch: float  # seconds from one small kernel to the next
     network_bytes: float  # a device's share of its node's links to other nodes (slices)
     network_share: float
     network_latency: float
@@ -80,5 +83,6 @@ def _read(data: dict[str, Any]) -> Machine:
         name=data["name"],
         device_kind=data["device_kind"],
         sources={key: (figure["source"], figure["trust"]) for key, figure in figures.items()},
-        **values | {"tile": tuple(values["tile"])},
+        **values
+        | {"tile": tuple(values["tile"]), "protocols": tuple(map(tuple, values["protocols"]))},
     )
