@@ -122,6 +122,9 @@ def run(
             main(parse(argv, define, doc or "", operands))
     except UserError as error:
         _leave(error, error.exit_code, f"bloomjax: {error}", argv)
+    except BrokenPipeError as error:  # of `| head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes
+        _leave(error, 141, "bloomjax: nobody reads what is written", argv)
     except KeyboardInterrupt as error:
         _leave(error, 130, "bloomjax: interrupted", argv)
     except SystemExit:

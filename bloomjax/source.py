@@ -144,48 +144,76 @@ def load(
     with the `cache` of an engine to come. Raises InputError if there is no model at `source`, or a
     broken one, and DoesNotFitError.
     """
+    return opened(source, mesh, dtype, quantize).load(cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model before it is loaded: what it is, and what it needs. See `load` for the fields."""
+
+    source: str | Path
+    reader: Reader
+    config: ModelConfig
+    mesh: Mesh
+    quantize: str
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return _tokenizer(self.reader.tokenizer(), Path(self.source))
+
+    def room(self) -> int | None:
+        """Bytes on each device that loading leaves free; below 0 if there are not enough, None if
+        nobody says. Processes differ."""
+        free = memory.free(self.mesh.local_devices)
+        return None if free is None else free - sum(self._needs(self.quantize))
+
+    def load(self, cache: CacheSize | None = None) -> Model:
+        """See `load`."""
+        self._check_fits(cache)
+        params = read_params(self.reader, self.config, self.mesh, self.quantize)
+        commit = self.reader.origin.get("commit")
+        origin = f"{self.source} (commit {commit})" if commit else str(self.source)
+        return Model(self.config, params, self.mesh, self.tokenizer, origin)
+
+    def _needs(self, quantize: str) -> tuple[int, int]:
+        """Bytes on each device: of weights, and of what is beside them while they are read."""
+        weights = abstract_of(self.reader, self.config, self.mesh, quantize)
+        return bytes_per_device(weights), largest_tensor(self.reader, self.config, self.mesh)
+
+    def _check_fits(self, cache: CacheSize | None) -> None:
+        """Says what the model needs. DoesNotFitError if a device of this process has less."""
+        weights, tensor = self._needs(self.quantize)
+        slots = cache_bytes(self.config, self.mesh, cache) if cache else 0
+        needed, free = weights + tensor + slots, memory.free(self.mesh.local_devices)
+        what = f"{amount(weights)} of weights"
+        what += f", {amount(slots)} of cache" if cache else ""
+        what += f", {amount(tensor)} while they are read"
+        if free is None or needed <= free:
+            log.info(
+                "%s: %s parameters; needs %s on each of %d devices%s",
+                self.source,
+                f"{self.config.parameter_count:,}",
+                what,
+                self.mesh.size,
+                "" if free is None else f", where {amount(free)} are free",
+            )
+            return
+        small = sum(self._needs("int8")) + slots
+        less = f"--quantize=int8 ({amount(small)}), " if small <= free else ""
+        raise DoesNotFitError(
+            f"{self.source}: expected {amount(needed)} of free memory on each of {self.mesh.size} "
+            f"devices ({what}), found {amount(free)}: take {less}a smaller model, or more devices"
+        )
+
+
+def opened(
+    source: str | Path, mesh: Mesh | None = None, dtype: str = "auto", quantize: str = "none"
+) -> Opened:
+    """What `load` does first: nothing but headers is read."""
     reader = open_source(source)
     config = dataclasses.replace(reader.config, dtype=dtype)
     mesh = decode_mesh(config, jax.devices() if mesh is None else list(mesh.devices.ravel()))
-    _check_fits(source, reader, config, mesh, quantize, cache)
-    params = read_params(reader, config, mesh, quantize)
-    commit = reader.origin.get("commit")
-    origin = f"{source} (commit {commit})" if commit else str(source)
-    return Model(config, params, mesh, _tokenizer(reader.tokenizer(), Path(source)), origin)
-
-
-def _check_fits(
-    source: object,
-    reader: Reader,
-    config: ModelConfig,
-    mesh: Mesh,
-    quantize: str,
-    cache: CacheSize | None,
-) -> None:
-    """Says what a model needs. DoesNotFitError if a device of this process has less."""
-    shapes = abstract_of(reader, config, mesh, quantize)
-    weights, tensor = bytes_per_device(shapes), largest_tensor(reader, config, mesh)
-    slots = cache_bytes(config, mesh, cache) if cache else 0
-    needed, free = weights + tensor + slots, memory.free(mesh.local_devices)
-    what = f"{amount(weights)} of weights"
-    what += f", {amount(slots)} of cache" if cache else ""
-    what += f", {amount(tensor)} while they are read"
-    log.info(
-        "%s: %s parameters; needs %s on each of %d devices%s",
-        source,
-        f"{config.parameter_count:,}",
-        what,
-        mesh.size,
-        "" if free is None else f", where {amount(free)} are free",
-    )
-    if free is None or needed <= free:
-        return
-    small = bytes_per_device(abstract_of(reader, config, mesh, "int8")) + tensor + slots
-    less = f"--quantize=int8 ({amount(small)}), " if small <= free else ""
-    raise DoesNotFitError(
-        f"{source}: expected {amount(needed)} of free memory on each of {mesh.size} devices "
-        f"({what}), found {amount(free)}: take {less}a smaller model, or more devices"
-    )
+    return Opened(source, reader, config, mesh, quantize)
 
 
 def cache_bytes(config: ModelConfig, mesh: Mesh, cache: CacheSize) -> int:

@@ -213,14 +213,14 @@ def test_a_broken_config_json(runs: Trial, trained: Path, tmp_path: Path) -> Non
     [
         (["--prompt=a"], 2, ["--model is missing"]),
         (["--model=/nowhere", "--prompt=a"], 3, ["/nowhere", "found nothing there"]),
-        (["--model={}"], 2, ["either --prompt or --prompt_ids"]),
-        (["--model={}", "--prompt=a", "--prompt_ids=1"], 2, ["either --prompt or --prompt_ids"]),
+        (["--model={}"], 2, ["--prompt_ids and --prompts_file, found none"]),
+        (["--model={}", "--prompt=a", "--prompt_ids=1"], 2, ["found --prompt and --prompt_ids"]),
         (["--model={}", "--prompt="], 2, ["the prompt is empty"]),
         (["--model={}", "--prompt_ids="], 2, ["the prompt is empty"]),
         (["--model={}", "--prompt_ids=1,x"], 2, ["expected integers", "'x'"]),
         (["--model={}", "--prompt_ids=1,320"], 2, ["320: expected 0 to 319"]),
         (["--model={}", "--prompt_ids=1,-1"], 2, ["-1: expected 0 to 319"]),
-        (["--model={}", "--prompt=a", "--max_new_tokens=0"], 2, ["--max_new_tokens is 0"]),
+        (["--model={}", "--prompt=a", "--max_new_tokens=0"], 2, ["max_new_tokens is 0"]),
         (["--model={}", "--prompt=a", "--temperature=-1"], 2, ["temperature"]),
         (["--model={}", "--prompt=a", "--top_p=2"], 2, ["top_p"]),
         (["--model={}", "--prompt=a", "--dtype=float16"], 2, ["dtype"]),
@@ -233,5 +233,7 @@ def test_refused_by_generate(
     code: int,
     parts: list[str],
 ) -> None:
-    argv = [flag.format(trained) for flag in flags]
-    refused(inside(generate, argv, capfd), code, *parts)
+    end = inside(generate, [flag.format(trained) for flag in flags], capfd)
+    *progress, last = end.err.splitlines(keepends=True)
+    assert all(line.startswith("verifying checkpoint") for line in progress)
+    refused(end._replace(err=last), code, *parts)

@@ -24,7 +24,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # From the top to the bottom: a room imports only from rooms below its own, and from its own.
 ROOMS = [
     {"train", "generate", "evaluate", "serve", "doctor", "plan"},
-    {"cli", "picture", "decode_plan"},
+    {"answers", "cli", "picture", "decode_plan", "stages"},
     {"aot"},
     {"search", "counts"},
     {"hlo"},
@@ -155,8 +155,9 @@ def test_config_fields() -> None:
         (train.define, "config workdir set"),
         (
             generate.define,
-            "model prompt prompt_ids max_new_tokens temperature top_k top_p seed dtype stream "
-            "verbose json",
+            "model prompt prompt_ids prompts_file max_new_tokens min_new_tokens temperature top_k "
+            "top_p min_p repetition_penalty no_repeat_ngram_size num_beams length_penalty "
+            "num_return_sequences stop seed dtype cache_dtype quantize stream verbose json",
         ),
         (doctor.define, "workdir json"),
         (plan.define, "config target search plot json set decode quantize slots"),

@@ -93,6 +93,7 @@ def test_special_strings(tokenizer):
 def test_half_a_character(tokenizer):
     ids = tokenizer.encode("é🦖")[:-1]
     assert tokenizer.decode(ids).startswith("é�")
+    assert tokenizer.stream().feed(tokenizer.vocab_size) == ""  # of a model that has more ids
     with pytest.raises(IndexError):
         tokenizer.decode([tokenizer.vocab_size])
 

@@ -37,19 +37,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 class Progress:
-    """Bytes done, rate and remaining time of long work, on stderr.
+    """What is done, rate and remaining time of long work, on stderr.
 
     One line rewritten in place on a terminal; elsewhere a line every half minute.
     """
 
-    def __init__(self, what: str, total: int):
-        """`what` heads the line; `total` is in bytes."""
+    def __init__(self, what: str, total: int, unit: str = ""):
+        """`what` heads the line; `total` is in bytes, or counts what `unit` names."""
         self._what, self._total = what, total
+        self._unit, self._size = (unit, 1) if unit else ("MB", 10**6)
         self._terminal = sys.stderr.isatty()
         self._start = self._shown = time.monotonic()
 
     def update(self, done: int, note: str = "") -> None:
-        """Show `done` bytes of the total, and a note, if it is time to."""
+        """Show how much of the total is done, and a note, if it is time to."""
         now = time.monotonic()
         if now - self._shown < (0.2 if self._terminal else 30):
             return
@@ -57,11 +58,16 @@ class Progress:
         rate = done / (now - self._start)
         left = max(0, self._total - done) / rate if rate else 0
         line = (
-            f"{self._what}: {done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, "
-            f"{rate / 1e6:,.1f} MB/s, {left // 60:.0f} min {left % 60:02.0f} s left"
-            + (f", {note}" if note else "")
+            f"{self._what}: {done / self._size:,.0f} of {self._total / self._size:,.0f} "
+            f"{self._unit}, {rate / self._size:,.1f} {self._unit}/s, "
+            f"{left // 60:.0f} min {left % 60:02.0f} s left" + (f", {note}" if note else "")
         )
         self._print(line, "" if self._terminal else "\n")
+
+    def clear(self) -> None:
+        """Make room on the terminal for a line of somebody else's."""
+        if self._terminal:
+            self._print("", "")
 
     def done(self, result: str) -> None:
         """End with one line that says what came of it."""

@@ -100,17 +100,21 @@ class Tokenizer:
 
         IndexError for an id that is not below `vocab_size`.
         """
+        ids = list(ids)
+        if wrong := [index for index in ids if not 0 <= index < self.vocab_size]:
+            raise IndexError(f"token id {wrong[0]}: expected 0 to {self.vocab_size - 1}")
         stream = self.stream(skip_special)
         text = "".join(map(stream.feed, ids)) + stream.end()
         return text.removeprefix(self._model.prefix)
 
     def stream(self, skip_special: bool = True) -> "Stream":
-        """To decode id by id what continues a text."""
+        """To decode id by id what continues a text. An id beyond `vocab_size` has no text: a model
+        may have, and draw, more ids than its tokenizer (BLOOM has 200 more)."""
         return Stream(functools.partial(self._bytes, skip_special))
 
     def _bytes(self, skip_special: bool, index: int) -> bytes:
-        if not 0 <= index < self.vocab_size:
-            raise IndexError(f"token id {index}: expected 0 to {self.vocab_size - 1}")
+        if index >= self.vocab_size:
+            return b""
         piece, special = self._piece(int(index))
         return b"" if special and skip_special else piece
 

@@ -71,6 +71,9 @@ class _Slot:
 class Engine:
     """Runs requests on `slots` slots of `length` places; `params` as `decode.params` has them.
 
+    `prompt_tokens` are taken in between two dispatches, or a chunk more. Where nobody reads along,
+    let there be no limit: slots that wait for their prompts write nothing.
+
     `logits_fn(logits_BV, tokens_BS, lengths_B)` gives the logits to choose from, after the model
     and before everything of `Sampling`; it is compiled into the step (wrap what is not JAX in
     jax.pure_callback). Raises DoesNotFitError where a mesh does not divide the model.
@@ -85,10 +88,12 @@ class Engine:
         slots: int = 8,
         length: int = 2048,
         cache_dtype: str = "auto",
+        prompt_tokens: int = PROMPT_TOKENS,
         logits_fn: LogitsFn | None = None,
     ):
         self._config, self._params, self._mesh, self._logits_fn = config, params, mesh, logits_fn
         self.length = round_up(length)
+        self._prompt_tokens = prompt_tokens
         with jax.set_mesh(mesh):
             self._per_dispatch = tokens_per_dispatch(config)
             self._state = jax.jit(empty_state, static_argnums=(0, 1, 2, 3))(
@@ -123,6 +128,16 @@ class Engine:
     def occupancy(self) -> float:
         """Of the tokens that all slots could have written so far, the share that was written."""
         return self._written / max(1, self._slot_steps)
+
+    @property
+    def written(self) -> int:
+        """Tokens so far."""
+        return self._written
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values, of all slots and devices."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.cache))
 
     def step(self) -> list[Fresh]:
         """One round: requests are admitted, prompts taken in, K tokens of each slot written."""
@@ -177,7 +192,7 @@ class Engine:
 
     def _take_prompts(self) -> None:
         """Chunks of the prompts that are not in the cache yet, the first admitted first."""
-        left = PROMPT_TOKENS
+        left = self._prompt_tokens
         pending = [(slot.number, b, slot) for b, slot in enumerate(self._slots) if slot]
         for _, b, slot in sorted(pending, key=lambda entry: entry[0]):
             prompt = slot.request.prompt

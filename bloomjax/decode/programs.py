@@ -164,6 +164,9 @@ def decode(
         state = State(outside(cache), tokens_BS, lengths_B, state.limits_B, settings)
         return (state, running_B), (next_B, logprob_B, wrote_B)
 
+    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state.cache)
     state = state._replace(cache=outside(state.cache))
     (state, running_B), found_KB = jax.lax.scan(one, (state, ready_B), length=K)
-    return state._replace(cache=inside(state.cache)), (*found_KB, running_B)
+    # In the layout it came in: another would be another program the next time.
+    cache = jax.tree.map(jax.reshard, inside(state.cache), layouts)
+    return state._replace(cache=cache), (*found_KB, running_B)
