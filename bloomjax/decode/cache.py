@@ -67,7 +67,8 @@ class CachedAttention:
     """Hands each layer its attention over the cache, and collects what the layers write.
 
     One token of every slot, at `positions_B`; or, with `slot`, C tokens of one, from place
-    `start` on. The rows of x are the slots, or the one slot.
+    `start` on, of which none sees beyond the first `seen` places. The rows of x are the slots, or
+    the one slot.
     """
 
     def __init__(
@@ -77,11 +78,12 @@ class CachedAttention:
         positions_B: jax.Array | None = None,
         slot: jax.Array | None = None,
         start: jax.Array | None = None,
+        seen: int | None = None,
     ):
         self._round = config.alibi_dtype == "compute"
         self._keys, self._values = list(cache.keys), list(cache.values)
         self._at = (positions_B,) if slot is None else (slot, start)
-        self._local = _one_token if slot is None else _chunk
+        self._seen = seen
 
     @property
     def cache(self) -> Cache:
@@ -92,7 +94,7 @@ class CachedAttention:
         graph, weights = nnx.split(block)
         x_BSD, self._keys[i], self._values[i] = _layer(
             graph,
-            self._local,
+            self._seen,
             self._round,
             weights,
             x_BSD,
@@ -108,7 +110,7 @@ class CachedAttention:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _layer(
     graph: Any,
-    local: Any,
+    seen: int | None,
     round_alibi: bool,
     weights: Any,
     x_BSD: jax.Array,
@@ -119,11 +121,15 @@ def _layer(
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal keys, values
         letter = slots_letter(keys.values.shape[0])
-        rows = act((letter if local is _one_token else "1") + "SNH")
-        held = Held(act(letter + "NSH"), None if keys.scales is None else act(letter + "NS"))
-        places = (act(letter),) if local is _one_token else (act(""), act(""))
-        here = functools.partial(local, round_alibi, letter)
-        run = on_devices(here, (rows, rows, rows, held, held, *places), (rows, held, held))
+        held: Any = Held(act(letter + "NSH"), None if keys.scales is None else act(letter + "NS"))
+        if seen is None:
+            local = functools.partial(_one_token, round_alibi)
+            rows, places = act(letter + "SNH"), (act(letter),)
+        else:
+            local = functools.partial(_chunk, round_alibi, letter, seen)
+            rows, places = act("1SNH"), (act(""), act(""))
+        ins = rows, rows, rows, held, held, *places
+        run = on_devices(local, ins, (rows, held, held))
         out, keys, values = run(q, k, v, keys, values, *at)
         return jax.reshard(out, act("1SNH"))
 
@@ -132,7 +138,6 @@ def _layer(
 
 def _one_token(
     round_alibi: bool,
-    letter: str,
     q_B1NH: jax.Array,
     k_B1NH: jax.Array,
     v_B1NH: jax.Array,
@@ -151,6 +156,7 @@ def _one_token(
 def _chunk(
     round_alibi: bool,
     letter: str,
+    seen: int,
     q_1CNH: jax.Array,
     k_1CNH: jax.Array,
     v_1CNH: jax.Array,
@@ -167,7 +173,10 @@ def _chunk(
     here = jnp.clip(here, 0, slots - 1)
     keys = _write_chunk(keys, k_1CNH, here, start, mine)
     values = _write_chunk(values, v_1CNH, here, start, mine)
-    row = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=here, slice_size=1)
+
+    def row(whole: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(whole, here, 1)[:, :, :seen]
+
     positions_1C = (start + jnp.arange(q_1CNH.shape[1]))[None]
     q_1NCH = q_1CNH.swapaxes(1, 2)
     out_1NCH = _attend(

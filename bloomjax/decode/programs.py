@@ -92,12 +92,16 @@ def take_prompt(
     tokens_1C = np.zeros((1, round_up(len(tokens))), np.int32)
     tokens_1C[0, : len(tokens)] = tokens
     inputs = put(tokens_1C, act("1S"), jax.sharding.get_mesh()), np.int32(slot), np.int32(start)
-    return _take(config, params, cache, *inputs), len(tokens)
+    # Of the places, a first chunk sees its own; later ones are compiled for every power of two.
+    seen, length = start + tokens_1C.size, cache.keys[0].values.shape[2]
+    seen = min(length, 1 << (seen - 1).bit_length()) if start else seen
+    return _take(config, seen, params, cache, *inputs), len(tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _take(
     config: ModelConfig,
+    seen: int,
     params: Params,
     cache: Cache,
     tokens_1C: jax.Array,
@@ -105,7 +109,7 @@ def _take(
     start: jax.Array,
 ) -> Cache:
     """The cache with C tokens of a slot's prompt, from place `start` on."""
-    attention = CachedAttention(config, cache, slot=slot, start=start)
+    attention = CachedAttention(config, cache, slot=slot, start=start, seen=seen)
     model.bind(config, params, unrolled=True).decode(tokens_1C, attention.layer)
     return attention.cache
 
@@ -140,10 +144,12 @@ def decode(
     # A cache of one slot goes round the loop without the leading 1: with it XLA:CPU writes every
     # token twice, for the loop and for the products, and copies the whole cache for that.
     alone = len(ready_B) == 1
-    inside = (
-        (lambda cache: jax.tree.map(lambda x: x[None], cache)) if alone else lambda cache: cache
-    )
-    outside = (lambda cache: jax.tree.map(lambda x: x[0], cache)) if alone else lambda cache: cache
+
+    def inside(cache: Cache) -> Cache:
+        return jax.tree.map(lambda x: x[None], cache) if alone else cache
+
+    def outside(cache: Cache) -> Cache:
+        return jax.tree.map(lambda x: x[0], cache) if alone else cache
 
     def one(carry: tuple[State, jax.Array], _: None) -> Any:
         state, running_B = carry
