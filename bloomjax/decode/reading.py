@@ -27,7 +27,7 @@ from bloomjax.kernels.packing import from_gguf, quantise
 from bloomjax.model import Params, compute_dtype
 from bloomjax.sharding import on_cpu, put
 
-_ROWS = 256  # that are widened at a time
+_WIDENED = 1 << 15  # weights at a time, on each device: they stay in a core's cache
 
 
 # GGUF's kinds whose blocks stay as they are, and for which `quantize`.
@@ -142,7 +142,7 @@ def _same(found: jax.Array, wanted: Any) -> bool:
 def _packed(J: int, kind: str, dtype: Any, by_rows: NamedSharding, layouts: Any) -> Any:
     def on_device(rows: jax.Array) -> Any:
         # Some at a time, since they are widened for it; the last may be done twice.
-        n = min(_ROWS, len(rows))
+        n = min(max(1, _WIDENED // rows.shape[1]), len(rows))
 
         def some(i: jax.Array, packed: Any) -> Any:
             start = jnp.minimum(i * n, len(rows) - n)
