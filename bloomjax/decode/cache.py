@@ -21,6 +21,9 @@ from bloomjax.config import ModelConfig
 from bloomjax.model import Block, compute_dtype
 from bloomjax.sharding import act, offset_of, on_devices, split_of, sum_over
 
+# Of a chunk, those that look at as many places.
+_QUERIES = 128
+
 
 class Held(NamedTuple):
     """Keys, or values, of one layer: `values` [B, N, S, H]; `scales` float32 [B, N, S] if int8."""
@@ -121,13 +124,14 @@ def _layer(
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal keys, values
         letter = slots_letter(keys.values.shape[0])
-        held: Any = Held(act(letter + "NSH"), None if keys.scales is None else act(letter + "NS"))
+        axes = letter + "NSH"
+        held = jax.tree.map(lambda x: act(axes[: x.ndim]), keys)
         if seen is None:
             local = functools.partial(_one_token, round_alibi)
-            rows, places = act(letter + "SNH"), (act(letter),)
+            rows, places = act(letter + "SNH"), [act(letter)]
         else:
             local = functools.partial(_chunk, round_alibi, letter, seen)
-            rows, places = act("1SNH"), (act(""), act(""))
+            rows, places = act("1SNH"), [act(""), act("")]
         ins = rows, rows, rows, held, held, *places
         run = on_devices(local, ins, (rows, held, held))
         out, keys, values = run(q, k, v, keys, values, *at)
@@ -174,14 +178,24 @@ def _chunk(
     keys = _write_chunk(keys, k_1CNH, here, start, mine)
     values = _write_chunk(values, v_1CNH, here, start, mine)
 
-    def row(whole: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(whole, here, 1)[:, :, :seen]
-
-    positions_1C = (start + jnp.arange(q_1CNH.shape[1]))[None]
+    C = q_1CNH.shape[1]
     q_1NCH = q_1CNH.swapaxes(1, 2)
-    out_1NCH = _attend(
-        q_1NCH, jax.tree.map(row, keys), jax.tree.map(row, values), positions_1C, round_alibi
-    )
+
+    def queries(first: int, stop: int) -> jax.Array:
+        """The last of them sees so many places less than the last of the chunk."""
+        size = seen - C + stop
+
+        def row(held: Held) -> Held:
+            return jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, here, 1)[:, :, :size], held
+            )
+
+        positions_1Q = (start + jnp.arange(first, stop))[None]
+        q_1NQH = q_1NCH[:, :, first:stop]
+        return _attend(q_1NQH, row(keys), row(values), positions_1Q, round_alibi)
+
+    pieces = [queries(at, min(at + _QUERIES, C)) for at in range(0, C, _QUERIES)]
+    out_1NCH = jnp.concatenate(pieces, axis=2)
     if split_of(letter) > 1:
         out_1NCH = sum_over(letter, jnp.where(mine, out_1NCH, 0))
     return out_1NCH.swapaxes(1, 2), keys, values
@@ -207,10 +221,19 @@ def _attend(
         scores = (scores + (slopes_N11 * s).astype(dtype)).astype(dtype).astype(jnp.float32)
     else:
         scores += slopes_N11 * (s - t).astype(jnp.float32)
-    probs = jax.nn.softmax(jnp.where(s <= t, scores, -1e30), axis=-1)
+    scores = jnp.where(s <= t, scores, -1e30)
+    # Softmax, divided by its sum where that takes H numbers a query and not S.
+    probs = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = probs.sum(-1, keepdims=True)
     if values.scales is not None:
         probs *= values.scales[:, :, None]
-    return jnp.einsum("BNTS,BNSH->BNTH", probs.astype(dtype), values.values.astype(dtype))
+    out = jnp.einsum(
+        "BNTS,BNSH->BNTH",
+        probs.astype(dtype),
+        values.values.astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return (out / total).astype(dtype)
 
 
 def _quantised(new: jax.Array, like: Held) -> Held:
