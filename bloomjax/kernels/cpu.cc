@@ -1,10 +1,10 @@
 // y[M, J] = x[M, I] times the transpose of w[J, I], for w in as few bits as it has.
 //
 // M rows of x, J outputs, I inputs, G scales of a row of w. Every byte of w is read from memory
-// once, and becomes float32 in registers; for more than two rows of x, in a buffer that stays in
-// the first cache. Outputs are split over XLA's own threads. The invariant: a sum is kept in kLanes
-// interleaved parts, in the same order whatever M is, so that no row of y depends on how many
-// others there are.
+// once, and becomes float32 in registers: for every four rows of x anew, since arithmetic is what
+// those take time for, and w is in the first cache by then. Outputs are split over XLA's own
+// threads. The invariant: a sum is kept in kLanes interleaved parts, in the same order whatever M
+// is, so that no row of y depends on how many others there are.
 
 #include <algorithm>
 #include <atomic>
@@ -31,9 +31,9 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kRows = 6;        // of w at a time: with two rows of x, 12 sums in 16 registers
-constexpr int64_t kUnit = 32;   // inputs that may share a scale; I divides by it
-constexpr int64_t kTile = 512;  // inputs in the buffer: kRows x kTile float32 are 12 KiB
+constexpr int64_t kUnit = 32;  // inputs that may share a scale; I divides by it
+constexpr int kRows = 6;       // of w at a time
+constexpr int64_t kTurns = 4;  // rows of x at a time: with three of w, 12 sums in 16 registers
 
 template <typename T>
 struct Of {
@@ -124,94 +124,86 @@ inline Floats widened(const Pairs* w, float scale, int v) {
   return __builtin_convertvector((v < half ? bits & 15 : bits >> 4) - 8, Floats) * scale;
 }
 
-// sums[b][r] += x[b] . w[r] over `n` inputs, for R rows of w, `stride` elements apart, and B rows
-// of x whose vectors take turns.
-template <int B, int R, bool kAhead, typename W>
-inline void add_products(const W* w, int64_t stride, const float* scales, int64_t G, const float* x,
-                         int64_t n, float* sums) {
-  Floats acc[B][R];
-  for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r) acc[b][r] = load<float>(sums + (b * R + r) * kLanes);
-  for (int64_t u = 0; u < n; u += kUnit, w += kUnit / kPer<W>, scales += G > 1) {
-    if (kAhead)
-      for (int r = 0; r < R; ++r)
-        for (int64_t b = 0; b < kUnit / kPer<W> * sizeof(W); b += 64)
-          __builtin_prefetch((const char*)(w + (r + R) * stride) + b);
-#pragma GCC unroll 8
-    for (int v = 0; v < kUnit; v += kLanes, x += B * kLanes) {
-      Floats in[B];
-      for (int b = 0; b < B; ++b) in[b] = load<float>(x + b * kLanes);
-      for (int r = 0; r < R; ++r) {
-        const Floats wide = widened(w + r * stride, scales[r * G], v);
-        for (int b = 0; b < B; ++b) acc[b][r] = multiply_add(wide, in[b], acc[b][r]);
-      }
-    }
-  }
-  for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r) store(sums + (b * R + r) * kLanes, acc[b][r]);
-}
-
-inline float sum_of(const float* lanes) {
+inline float sum_of(Floats lanes) {
   float sums[kLanes];
-  std::memcpy(sums, lanes, sizeof sums);
+  store(sums, lanes);
   for (int half = kLanes / 2; half; half /= 2)
     for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
   return sums[0];
 }
 
+// y[b * J + r] = x[b] . w[r], for R rows of w and B rows of x whose vectors take turns. What comes
+// kRows further is fetched if `ahead`. Loops are unrolled by name, lest the sums live in memory.
+template <int B, int R, bool ahead, typename W>
+inline void products(const W* w, const float* scales, int64_t G, const float* x, int64_t I,
+                     float* y, int64_t J) {
+  const int64_t stride = I / kPer<W>;
+  Floats acc[B][R] = {};
+  for (int64_t u = 0; u < I; u += kUnit, w += kUnit / kPer<W>, scales += G > 1) {
+    if (ahead)
+      for (int r = 0; r < R; ++r)
+        for (int64_t b = 0; b < kUnit / kPer<W> * sizeof(W); b += 64)
+          __builtin_prefetch((const char*)(w + (r + kRows) * stride) + b);
+#pragma GCC unroll 8
+    for (int v = 0; v < kUnit; v += kLanes, x += B * kLanes) {
+      Floats wide[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) wide[r] = widened(w + r * stride, scales[r * G], v);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        const Floats in = load<float>(x + b * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[b][r] = multiply_add(wide[r], in, acc[b][r]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < B; ++b)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) y[b * J + r] = sum_of(acc[b][r]);
+}
+
 template <typename W>
 struct Product {
-  const float* x;  // two rows at a time, their vectors taking turns; a last one as it is
+  const float* x;  // kTurns rows at a time, their vectors taking turns, and what is left likewise
   const W* w;
   const float* scales;  // [J, G]; of floats, whose G is 0, one that is not used
   float* y;
   int64_t M, J, I, G;
 
   void rows(int64_t begin, int64_t end) const {
-    std::vector<float> sums(M * kRows * kLanes);
     int64_t j = begin;
-    for (; j + kRows <= end; j += kRows) block<kRows>(j, sums.data());
-    for (; j < end; ++j) block<1>(j, sums.data());
+    for (; j + kRows <= end; j += kRows) block<kRows>(j);
+    for (; j < end; ++j) block<1>(j);
   }
 
   template <int R>
-  void block(int64_t j, float* sums) const {
-    const int64_t stride = I / kPer<W>;
-    const W* row = w + j * stride;
-    const float* scale = scales + j * G;
-    std::fill_n(sums, M * R * kLanes, 0.0f);
-    if (M == 1) {
-      add_products<1, R, true>(row, stride, scale, G, x, I, sums);
-    } else if (M == 2) {
-      add_products<2, R, true>(row, stride, scale, G, x, I, sums);
-    } else {
-      alignas(64) float wide[R * kTile];
-      for (int64_t i = 0; i < I; i += kTile) {
-        const int64_t n = std::min(kTile, I - i);
-        for (int r = 0; r < R; ++r)
-          for (int64_t u = 0; u < n; u += kUnit) {
-            for (int64_t b = 0; b < kUnit / kPer<W> * sizeof(W); b += 64)
-              __builtin_prefetch((const char*)(row + (r + R) * stride + (i + u) / kPer<W>) + b);
-            for (int v = 0; v < kUnit; v += kLanes)
-              store(wide + r * kTile + u + v,
-                    widened(row + r * stride + (i + u) / kPer<W>,
-                            scale[r * G + (G > 1 ? (i + u) / kUnit : 0)], v));}
-        for (int64_t m = 0; m < M; m += 2)
-          if (m + 1 < M)
-            add_products<2, R, false>(wide, kTile, scale, 0, x + m * I + 2 * i, n, sums + m * R * kLanes);
-          else
-            add_products<1, R, false>(wide, kTile, scale, 0, x + m * I + i, n, sums + m * R * kLanes);
-      }
+  void block(int64_t j) const {
+    int64_t m = 0;
+    for (; m + kTurns <= M; m += kTurns) turn<kTurns, R>(m, j);
+    if (M - m == 3) turn<3, R>(m, j);
+    if (M - m == 2) turn<2, R>(m, j);
+    if (M - m == 1) turn<1, R>(m, j);
+  }
+
+  template <int B, int R>
+  void turn(int64_t m, int64_t j) const {
+    constexpr int some = B > 2 && R == kRows ? kRows / 2 : R;
+    for (int r = 0; r < R; r += some) {
+      const int64_t row = j + r;
+      const W* from = w + row * (I / kPer<W>);
+      if (m == 0)
+        products<B, some, true>(from, scales + row * G, G, x + m * I, I, y + m * J + row, J);
+      else
+        products<B, some, false>(from, scales + row * G, G, x + m * I, I, y + m * J + row, J);
     }
-    for (int64_t m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) y[m * J + j + r] = sum_of(sums + (m * R + r) * kLanes);
   }
 };
 
-// Rows [begin, end) of x as `Product` reads them; both are even, or `end` is M.
+// Rows [begin, end) of x as `Product` reads them; both divide by kTurns, or `end` is M.
 void in_turns(const float* x, int64_t begin, int64_t end, int64_t I, float* to) {
-  for (int64_t m = begin; m < end; m += 2)
-    for (int64_t i = 0, turns = std::min<int64_t>(end - m, 2); i < I; i += kLanes)
+  for (int64_t m = begin; m < end; m += kTurns)
+    for (int64_t i = 0, turns = std::min(end - m, kTurns); i < I; i += kLanes)
       for (int64_t t = 0; t < turns; ++t)
         store(to + m * I + turns * i + t * kLanes, load<float>(x + (m + t) * I + i));
 }
@@ -247,7 +239,7 @@ ffi::Error run(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi:
   const float* rows = x.typed_data();
   std::vector<float> turns(M > 1 ? M * I : 0);
   if (M > 1) {
-    in_pieces(pool, M, 2 * std::max<int64_t>(65536 / I, 1),
+    in_pieces(pool, M, kTurns * std::max<int64_t>(65536 / I, 1),
               [rows, I, to = turns.data()](int64_t begin, int64_t end) {
                 in_turns(rows, begin, end, I, to);
               });

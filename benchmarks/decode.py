@@ -1,0 +1,347 @@
+"""Prefill and decoding, ours beside the peers, at the shapes of published BLOOMs, random weights.
+
+    pip install '.[gguf]' torch==2.13.0 transformers==5.23.0 llama-cpp-python==0.3.36
+    python benchmarks/decode.py                    (CPU, bloom-560m: 15 minutes, 12 GB of memory)
+    python benchmarks/decode.py --gpu [--sizes=7b1,3b,1b7,560m]  (jax[cuda13], torch, transformers)
+
+On CPU every peer runs in processes of its own, rounds alternate, and each has as many threads as
+there are: ours on the float16 file and made float32, int8 and int4; transformers in float32
+(eager, its own cache); llama.cpp on F16 and Q8_0 files that our converter wrote. Prefill is of 512
+tokens into an empty cache, decoding greedy behind 16 tokens. Bounds, measured in the same run:
+memory, by NumPy's product of a matrix and a vector; arithmetic, by the float32 product of XLA.
+
+On a GPU: milliseconds a token behind a prompt of 1,984 tokens, by slots, with the share of the
+memory's rate at which weights and cache are read; transformers with a static cache and
+torch.compile beside it.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from facts import keep, machine, peak_memory
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROMPT, BEHIND, TOKENS, CONTEXT = 512, 16, 32, 1024
+ROUNDS = 3
+
+
+def ids(count: int, seed: int = 0) -> list[int]:
+    return np.random.RandomState(seed).randint(0, 250_000, count).tolist()
+
+
+def fields(size: str) -> dict[str, int]:
+    from bloomjax.config import base_config, freeze
+
+    model = freeze(base_config(size)).model
+    shape = {"n_layer": model.layers, "hidden_size": model.width, "n_head": model.heads}
+    return {"model_type": "bloom", **shape, "vocab_size": model.vocab_size}
+
+
+def write_folder(path: pathlib.Path, size: str) -> None:
+    """A model in Hugging Face's format, float16, of random weights."""
+    from safetensors.numpy import save_file
+
+    sys.path.insert(0, str(ROOT / "tests" / "oracles"))
+    from weights import hf_weights
+
+    shape = fields(size)
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(shape))
+    made = hf_weights(shape["n_layer"], shape["hidden_size"], shape["vocab_size"], 0)
+    save_file({k: v.astype(np.float16) for k, v in made.items()}, path / "model.safetensors")
+
+
+# The peers: each a process that prints one JSON object --------------------------------------------
+
+
+def ours(model: Any, slots: int, context: int, behind: int, tokens: int) -> dict[str, Any]:
+    """Milliseconds of prefill, of a step of all slots; and how many tokens a dispatch has."""
+    import jax
+
+    from bloomjax.decode.engine import Request
+
+    engine = model.engine(slots, context)
+
+    def prefill(length: int) -> float:
+        engine.submit(Request(ids(length + 1), 1))
+        with jax.set_mesh(model.mesh):
+            start = time.perf_counter()
+            engine._admit()
+            engine._take_prompts()
+            jax.block_until_ready(engine._state)
+            seconds = time.perf_counter() - start
+        while engine.busy:
+            engine.step()
+        return 1e3 * seconds
+
+    found = {}
+    if slots == 1:
+        prefill(PROMPT)
+        found["prefill_ms"] = min(prefill(PROMPT) for _ in range(3))
+    for seed in range(slots):
+        engine.submit(Request(ids(behind, seed), tokens + 2 * engine._per_dispatch))
+    steps = []
+    while engine.busy:
+        start = time.perf_counter()
+        fresh = engine.step()
+        seconds = time.perf_counter() - start
+        if len(fresh) == slots and not any(f.done for f in fresh):
+            steps.append(1e3 * seconds / engine._per_dispatch)
+    # the first compiles, or follows a prompt
+    return found | {"step_ms": statistics.median(steps[1:]), "per_dispatch": engine._per_dispatch}
+
+
+def run_ours(source: str, slots: int, options: dict[str, Any]) -> dict[str, Any]:
+    import jax
+
+    import bloomjax
+
+    start = time.perf_counter()
+    model = bloomjax.load(source, **options)
+    jax.block_until_ready(model.params)
+    found = {"load_s": time.perf_counter() - start}
+    held = sum(a.nbytes for a in jax.tree.leaves(model.params))
+    return found | {"weight_bytes": held} | ours(model, slots, CONTEXT, BEHIND, TOKENS)
+
+
+def run_transformers(source: str, slots: int, _: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoConfig, BloomForCausalLM, DynamicCache
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = AutoConfig.from_pretrained(source)
+    config._attn_implementation = "eager"
+    model = BloomForCausalLM.from_pretrained(source, config=config, dtype=torch.float32).eval()
+    with torch.no_grad():
+
+        def prefill(length: int) -> tuple[float, Any]:
+            cache = DynamicCache(config=config)
+            tokens = torch.tensor([ids(length, seed) for seed in range(slots)])
+            start = time.perf_counter()
+            model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return 1e3 * (time.perf_counter() - start), cache
+
+        found = {"prefill_ms": min(prefill(PROMPT)[0] for _ in range(3))} if slots == 1 else {}
+        _, cache = prefill(BEHIND)
+        token, steps = torch.zeros(slots, 1, dtype=torch.long), []
+        for _ in range(TOKENS):
+            start = time.perf_counter()
+            logits = model(token, past_key_values=cache, use_cache=True).logits
+            token = logits[:, -1:].argmax(-1)
+            steps.append(1e3 * (time.perf_counter() - start))
+    return found | {"step_ms": statistics.median(steps[1:])}
+
+
+def run_llama_cpp(source: str, slots: int, _: dict[str, Any]) -> dict[str, Any]:
+    import llama_cpp as api
+
+    threads = len(os.sched_getaffinity(0))
+    api.llama_backend_init()
+    options = api.llama_model_default_params()
+    options.n_gpu_layers = 0
+    model = api.llama_model_load_from_file(source.encode(), options)
+    settings = api.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, PROMPT, PROMPT
+    settings.n_threads = settings.n_threads_batch = threads
+    settings.n_seq_max = slots
+    context = api.llama_init_from_model(model, settings)
+    memory = api.llama_get_memory(context)
+
+    def decode(rows: list[list[int]], place: int) -> float:
+        """Milliseconds of `rows`, of as many sequences, from `place` on."""
+        count = sum(map(len, rows))
+        batch = api.llama_batch_init(count, 0, 1)
+        batch.n_tokens, n = count, 0
+        for sequence, row in enumerate(rows):
+            for i, token in enumerate(row):
+                batch.token[n], batch.pos[n], batch.n_seq_id[n] = token, place + i, 1
+                batch.seq_id[n][0], batch.logits[n] = sequence, i == len(row) - 1
+                n += 1
+        start = time.perf_counter()
+        assert api.llama_decode(context, batch) == 0
+        for row_index in range(len(rows)):
+            found = api.llama_get_logits_ith(context, row_index - len(rows))
+            np.ctypeslib.as_array(found, shape=(250_880,)).argmax()
+        seconds = time.perf_counter() - start
+        api.llama_batch_free(batch)
+        return 1e3 * seconds
+
+    found = {}
+    if slots == 1:
+        times = []
+        for _ in range(4):
+            api.llama_memory_clear(memory, True)
+            times.append(decode([ids(PROMPT)], 0))
+        found["prefill_ms"] = min(times[1:])
+    api.llama_memory_clear(memory, True)
+    decode([ids(BEHIND, seed) for seed in range(slots)], 0)
+    steps = [decode([[7]] * slots, BEHIND + i) for i in range(TOKENS)]
+    return found | {"step_ms": statistics.median(steps[1:])}
+
+
+def bounds() -> dict[str, float]:
+    """GB/s of a product with a vector, GFLOP/s of XLA's product of 512 rows; the best of seven."""
+    import jax
+    import jax.numpy as jnp
+
+    def best(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    w, x = np.ones((65_536, 4096), np.float32), np.ones(4096, np.float32)
+    memory = w.nbytes / best(lambda: w @ x) / 1e9
+    a, b = jnp.ones((512, 4096)), jnp.ones((4096, 4096))
+    product = jax.jit(jnp.matmul)
+    rate = 2 * 512 * 4096**2 / best(lambda: product(a, b).block_until_ready()) / 1e9
+    return {"memory_GBps": memory, "float32_GFLOPs": rate}
+
+
+RUNS = {"ours": run_ours, "transformers": run_transformers, "llama.cpp": run_llama_cpp}
+
+
+def cpu(size: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        write_folder(folder / "hf", size)
+        for kind in ("f16", "q8_0"):
+            command = [sys.executable, "-m", "bloomjax_convert", folder / "hf", folder / kind]
+            subprocess.run([*command, "--to=gguf", f"--gguf_type={kind}"], check=True)
+        hf = str(folder / "hf")
+        peers: dict[str, tuple[str, str, dict[str, Any]]] = {
+            "ours, float16 as in the file": ("ours", hf, {}),
+            "ours, float32": ("ours", hf, {"dtype": "float32"}),
+            "ours, int8": ("ours", hf, {"quantize": "int8"}),
+            "ours, int4": ("ours", hf, {"quantize": "int4"}),
+            "transformers, float32": ("transformers", hf, {}),
+            "llama.cpp, F16": ("llama.cpp", str(folder / "f16"), {}),
+            "llama.cpp, Q8_0": ("llama.cpp", str(folder / "q8_0"), {}),
+        }
+        rounds: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        measured = []
+        for _ in range(ROUNDS):
+            measured.append(_child("bounds", "", 1, {}))
+            for peer, (kind, source, options) in peers.items():
+                for slots in (1, 8):
+                    found = _child(kind, source, slots, options)
+                    rounds.setdefault(peer, {}).setdefault(f"batch {slots}", []).append(found)
+    best = {key: max(m[key] for m in measured) for key in ("memory_GBps", "float32_GFLOPs")}
+    return {"size": size, "bounds": best, "bounds_rounds": measured, "rounds": rounds}
+
+
+def _child(kind: str, source: str, slots: int, options: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, __file__, f"--child={json.dumps([kind, source, slots, options])}"]
+    ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(ran.stdout.splitlines()[-1]) | {"load_average": os.getloadavg()[0]}
+    print(kind, source, slots, options, found, file=sys.stderr, flush=True)
+    return found
+
+
+# On a GPU -----------------------------------------------------------------------------------------
+
+
+def gpu(sizes: list[str], bandwidth: float) -> dict[str, Any]:
+    """`bandwidth` is what the memory is sold for, in GB/s."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from bloomjax.config import base_config, freeze
+    from bloomjax.decode.params import abstract_params
+    from bloomjax.sharding import decode_mesh
+    from bloomjax.source import Model
+
+    results: dict[str, Any] = {}
+    for size in sizes:
+        config = dataclasses.replace(freeze(base_config(size)).model, dtype="bfloat16")
+        mesh = decode_mesh(config, jax.devices()[:1])
+        for quantize in ("none", "int8", "int4"):
+            shapes = abstract_params(config, mesh, quantize)
+
+            def noise(like: Any) -> jax.Array:
+                if jnp.issubdtype(like.dtype, jnp.integer):
+                    return jnp.full(like.shape, 3, like.dtype, out_sharding=like.sharding.spec)
+                return jnp.full(like.shape, 1e-3, like.dtype, out_sharding=like.sharding.spec)
+
+            with jax.set_mesh(mesh):
+                params = jax.tree.map(jax.jit(noise, static_argnums=0), shapes)
+            model = Model(config, params, mesh, None, "random")
+            held = sum(a.nbytes for a in jax.tree.leaves(params))
+            for slots in (1, 8, 32, 64) if quantize == "none" else (1, 8):
+                found = ours(model, slots, 2048, 1984 - 1, 48)
+                cached = slots * 2000 * 2 * config.layers * config.width * 2
+                read = held + cached
+                found |= {"weight_bytes": held, "cache_bytes_read": cached}
+                found["share_of_bandwidth"] = read / found["step_ms"] / 1e6 / bandwidth
+                results[f"{size} {quantize} batch {slots}"] = found
+                print(size, quantize, slots, found, file=sys.stderr, flush=True)
+            del model, params
+        results[f"{size} transformers"] = _compiled_transformers(size, bandwidth)
+        print(size, results[f"{size} transformers"], file=sys.stderr, flush=True)
+    return results
+
+
+def _compiled_transformers(size: str, bandwidth: float) -> dict[str, Any]:
+    import torch
+    from transformers import BloomConfig, BloomForCausalLM, StaticCache
+
+    shape = fields(size)
+    shape.pop("model_type")
+    config = BloomConfig(**shape, attn_implementation="eager")
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = BloomForCausalLM(config).eval()
+    step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    cache = StaticCache(config=config, max_cache_len=2048)
+    token, times = torch.zeros(1, 1, dtype=torch.long, device="cuda"), []
+    with torch.no_grad():
+        for place in range(1984, 2040):
+            at = torch.tensor([place], device="cuda")
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step(token, past_key_values=cache, use_cache=True, cache_position=at)
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+    held = sum(p.nbytes for p in model.parameters())
+    milliseconds = statistics.median(times[10:])
+    return {"step_ms": milliseconds, "share_of_bandwidth": held / milliseconds / 1e6 / bandwidth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--sizes", default="7b1,3b,1b7,560m", help="of --gpu")
+    parser.add_argument("--bandwidth", type=float, default=4800, help="GB/s; that of an H200")
+    args = parser.parse_args()
+    if args.child:
+        kind, source, slots, options = json.loads(args.child)
+        found = bounds() if kind == "bounds" else RUNS[kind](source, slots, options)
+        print(json.dumps(found | {"peak_GiB": peak_memory()}))
+        return
+    if args.gpu:
+        result = gpu(args.sizes.split(","), args.bandwidth)
+        packages = "jax", "jaxlib", "torch", "transformers"
+        keep("decode-gpu", {"machine": machine(*packages), "results": result})
+        return
+    result = cpu("560m")
+    packages = "jax", "jaxlib", "torch", "transformers", "llama-cpp-python"
+    keep("decode", {"machine": machine(*packages), **result})
+
+
+if __name__ == "__main__":
+    main()
