@@ -7,6 +7,7 @@ logits_BTV = model(tokens_BT)
 """
 
 from bloomjax.config import SIZES, Config, base_config, freeze
+from bloomjax.decode.beam import Beams
 from bloomjax.decode.sampling import Sampling
 from bloomjax.errors import UserError
 from bloomjax.model import Bloom
@@ -14,6 +15,7 @@ from bloomjax.source import Model, load
 
 __all__ = [
     "SIZES",
+    "Beams",
     "Bloom",
     "Config",
     "Model",

@@ -150,6 +150,7 @@ def record(entry: Entry) -> dict[str, Any]:
         "text": answer.text and answer.text.text,
         "finish_reason": answer.finish,
         "logprob": answer.logprob,
+        "logprobs": answer.logprobs or None,  # of a beam search only the sum is known
         "tokens_per_second": answer.tokens_per_second,
         "seconds_to_first_token": answer.seconds_to_first_token,
     }

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bloomjax.kernels.packed import precision
 from bloomjax.parallel import keep
 from bloomjax.sharding import act, gather_over, indices, offset_of, on_devices, split_of
 
@@ -38,48 +39,47 @@ class Dropout(NamedTuple):
     key: jax.Array
 
 
+def slopes_here(heads: int, round_alibi: bool) -> jax.Array:
+    """`alibi_slopes` of this device's `heads`, as [N, 1, 1]."""
+    # With slopes an ulp lower, products that lie between two bfloat16 numbers round otherwise.
+    slopes = alibi_slopes(heads * split_of("N"), np.float32 if round_alibi else np.float64)
+    slopes_N = jax.lax.dynamic_slice_in_dim(jnp.asarray(slopes), offset_of("N", heads), heads)
+    return slopes_N[:, None, None]
+
+
 def attend(
     q_BTNH: jax.Array,
-    k_BSNH: jax.Array,
-    v_BSNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
     *,
-    positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     round_alibi: bool = False,
     dropout: Dropout | None = None,
 ) -> jax.Array:
     """Softmax(q k / sqrt(H) + ALiBi) v -> [B, T, N, H] in q's dtype; softmax in float32.
 
-    A query sees the keys at its own position and before. Without `positions_BT` queries and keys
-    are the same T positions; with it (decoding) keys stand at 0..S-1 of a cache and the queries
-    where `positions_BT` says. `segments_BT` (int, 0 is padding) restricts a query to keys of its
-    own segment; a query of padding gives an undefined row. `round_alibi` reproduces the
-    reference's arithmetic in low precision: the bias slope * s, and the scores, are rounded to q's
-    dtype (transformers, modeling_bloom.py).
+    A query sees the keys at its own position and before. `segments_BT` (int, 0 is padding)
+    restricts a query to keys of its own segment; a query of padding gives an undefined row.
+    `round_alibi` reproduces the reference's arithmetic in low precision: the bias slope * s, and
+    the scores, are rounded to q's dtype (transformers, modeling_bloom.py). Attention over a cache
+    is in `decode.cache`.
     """
-    cached = positions_BT is not None
-    keys = "BSNH" if cached else "BTNH"
-    ins = (act("BTNH"), act(keys), act(keys), act("BT"), act("BT"), act(""))
+    ins = (*3 * (act("BTNH"),), act("BT"), act(""))
     key_data = jax.random.key_data(dropout.key) if dropout else None
 
-    def local(q: Any, k: Any, v: Any, t: Any, segments: Any, key_data: Any) -> jax.Array:
-        q_segments = segments
-        if not cached:
-            k, v = gather_over("T", k, 1), gather_over("T", v, 1)
-            segments = None if segments is None else gather_over("T", segments, 1)
+    def local(q: Any, k: Any, v: Any, segments_BT: Any, key_data: Any) -> jax.Array:
+        k, v = gather_over("T", k, 1), gather_over("T", v, 1)
+        segments_BS = None if segments_BT is None else gather_over("T", segments_BT, 1)
         drop = (dropout.rate, key_data) if dropout else None
-        return _attend(q, k, v, t, q_segments, segments, round_alibi, drop)
+        return _attend(q, k, v, segments_BT, segments_BS, round_alibi, drop)
 
-    return on_devices(local, ins, act("BTNH"))(
-        q_BTNH, k_BSNH, v_BSNH, positions_BT, segments_BT, key_data
-    )
+    return on_devices(local, ins, act("BTNH"))(q_BTNH, k_BTNH, v_BTNH, segments_BT, key_data)
 
 
 def _attend(
     q_BTNH: jax.Array,
     k_BSNH: jax.Array,
     v_BSNH: jax.Array,
-    positions_BT: jax.Array | None,
     segments_BT: jax.Array | None,
     segments_BS: jax.Array | None,
     round_alibi: bool,
@@ -88,10 +88,7 @@ def _attend(
     """`attend` of one device: its rows, its heads, its queries, all keys."""
     B, T, N, H = q_BTNH.shape
     S = k_BSNH.shape[1]
-    # With slopes an ulp lower, products that lie between two bfloat16 numbers round otherwise.
-    slopes = alibi_slopes(N * split_of("N"), np.float32 if round_alibi else np.float64)
-    slopes_N11 = jax.lax.dynamic_slice_in_dim(jnp.asarray(slopes), offset_of("N", N), N)
-    slopes_N11 = slopes_N11[:, None, None]
+    slopes_N11, exact = slopes_here(N, round_alibi), precision(q_BTNH.dtype)
     first = offset_of("T", T)
     key_positions = jnp.arange(S)
     if round_alibi and segments_BS is not None:  # the reference counts from the first real token
@@ -101,9 +98,10 @@ def _attend(
         """Attention of this device's queries start..stop to the first `seen` keys."""
         q, k, v = q_BTNH[:, start:stop], k_BSNH[:, :seen], v_BSNH[:, :seen]
         here = (first + jnp.arange(start, stop))[None]
-        t = here if positions_BT is None else positions_BT[:, start:stop]
-        t, s = t[:, None, :, None], jnp.arange(seen)
-        scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
+        t, s = here[:, None, :, None], jnp.arange(seen)
+        scores = jnp.einsum(
+            "BTNH,BSNH->BNTS", q, k, precision=exact, preferred_element_type=jnp.float32
+        )
         scores = scores / np.sqrt(H)
         if round_alibi:
             bias = (slopes_N11 * key_positions[..., :seen]).astype(q.dtype)
@@ -122,9 +120,9 @@ def _attend(
             place_BNT = row_BN1 * np.uint32(T * split_of("T")) + here.astype(jnp.uint32)
             drawn = keep(key_data, rate, place_BNT, S)[..., :seen]
             probs = jnp.where(drawn, probs / (1.0 - rate), 0.0)
-        return jnp.einsum("BNTS,BSNH->BTNH", probs.astype(q.dtype), v)
+        return jnp.einsum("BNTS,BSNH->BTNH", probs.astype(q.dtype), v, precision=exact)
 
-    if positions_BT is not None or T <= CHUNK:
+    if T <= CHUNK:
         return rows(0, T, S)
     # The keys after a chunk's last query are never touched: half of the work, and static shapes.
     # Where positions are split, all devices do the work of the last one.

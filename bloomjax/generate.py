@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from bloomjax import cli, processes, source
@@ -29,12 +30,9 @@ from bloomjax.decode.steps import CachedSteps
 from bloomjax.decode.text import Answer, Text
 from bloomjax.errors import ConfigError, InputError
 from bloomjax.metrics import amount
-from bloomjax.sharding import on_cpu
-from bloomjax.source import CacheSize, Opened, cache_bytes
+from bloomjax.sharding import split_of
+from bloomjax.source import CacheSize, Opened, cache_bytes, most_slots
 from bloomjax.stages import Stages
-
-# Texts that are written at a time, at most: on CPU, and elsewhere.
-_CPU_SLOTS, _SLOTS = 8, 32
 
 
 def define(values: flags.FlagValues) -> None:
@@ -250,7 +248,9 @@ def longest_of_file(opened: Opened, values: flags.FlagValues) -> int:
 def slots_for(count: int, length: int, opened: Opened, values: flags.FlagValues) -> int:
     """As many as are of use, and have memory; 1 at least."""
     room = processes.on_first(opened.room)
-    for slots in range(even(count, _CPU_SLOTS if on_cpu() else _SLOTS), 1, -1):
+    with jax.set_mesh(opened.mesh):
+        split, most = split_of("C"), most_slots()  # devices have whole slots, or all of them
+    for slots in range(-(-even(count, most) // split) * split, 1, -split):
         cache = CacheSize(slots, length, values.cache_dtype)
         if room is None or cache_bytes(opened.config, opened.mesh, cache) <= room:
             return slots

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from bloomjax.attention import Dropout, attend
 from bloomjax.config import ModelConfig
-from bloomjax.kernels.packed import Packed
+from bloomjax.kernels.packed import Packed, precision
 from bloomjax.parallel import dropout, look_up, lookup, product, stationary, use
 from bloomjax.sharding import act, on_cpu, scannable, stack_rows, stream, weight
 
@@ -241,6 +241,7 @@ class Bloom(nnx.Module):
             "BTD,VD->BTV",
             x_BTD,
             embed_VD,
+            precision=precision(x_BTD.dtype),
             preferred_element_type=jnp.float32,
             out_sharding=act("BTV"),
         )

@@ -19,12 +19,15 @@ from bloomjax import checkpoint, memory, model
 from bloomjax.attention import attend
 from bloomjax.config import ModelConfig
 from bloomjax.data.tokenizer import Tokenizer, tokenizer_of
+from bloomjax.decode import beam
+from bloomjax.decode.beam import Beams, Hypothesis
 from bloomjax.decode.cache import empty_cache
-from bloomjax.decode.engine import Engine, Fresh, Request
+from bloomjax.decode.engine import Engine, Fresh, Request, check
 from bloomjax.decode.params import bytes_per_device
 from bloomjax.decode.programs import LogitsFn, round_up
 from bloomjax.decode.reading import abstract_of, largest_tensor, read_params
 from bloomjax.decode.sampling import GREEDY, Sampling
+from bloomjax.decode.steps import CachedSteps
 from bloomjax.errors import DoesNotFitError, InputError
 from bloomjax.formats import hub
 from bloomjax.formats.gguf import GGUFReader
@@ -34,12 +37,16 @@ from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader
 from bloomjax.formats.tensors import Reader
 from bloomjax.metrics import amount
 from bloomjax.model import Params
-from bloomjax.sharding import decode_mesh, split_of
+from bloomjax.sharding import decode_mesh, on_cpu, split_of
 
 log = logging.getLogger("bloomjax")
 
-# Prompts of `Model.generate` that run at a time.
-MOST_SLOTS = 8
+BEAMS = Beams()
+
+
+def most_slots() -> int:
+    """Texts that are written at a time, at most: of more, each gets slower on CPU."""
+    return 8 if on_cpu() else 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,21 +97,45 @@ class Model:
         """New tokens of each prompt as they come, `number` saying whose; the prompts run together.
 
         Prompt i is drawn with `seed` + i. A sequence ends before any of `stop_ids`, by default the
-        tokenizer's end of text. Raises InputError for an empty prompt, or ids out of range.
+        tokenizer's end of text. A `logits_fn` (see `decode.engine.Engine`) is compiled once for
+        each function object. Raises InputError for an empty prompt, or ids out of range.
         """
-        if stop_ids is None:
-            stop_ids = [self.tokenizer.eos_id] if self.tokenizer else []
+        stops = self._stops(stop_ids)
         requests = [
-            Request(prompt, max_new_tokens, sampling, seed + i, tuple(stop_ids))
+            Request(prompt, max_new_tokens, sampling, seed + i, stops)
             for i, prompt in enumerate(prompts)
         ]
-        longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
-        slots = min(len(requests), MOST_SLOTS)
-        engine = self.engine(slots, longest, logits_fn=logits_fn)
+        length = max(map(len, prompts), default=0) + max_new_tokens
+        slots = max(1, min(len(requests), most_slots()))
+        for request in requests:
+            check(request, self.config, length)
+        engine = self.engine(slots, length, logits_fn=logits_fn)
         for request in requests:
             engine.submit(request)
-        while engine.busy:
-            yield from engine.step()
+        return engine.run()
+
+    def search(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        beams: Beams = BEAMS,
+        sampling: Sampling = GREEDY,
+        *,
+        stop_ids: Sequence[int] | None = None,
+    ) -> list[list[Hypothesis]]:
+        """The likeliest answers to each prompt, found by beam search; see `decode.beam.search`."""
+        length = max(map(len, prompts), default=0) + max_new_tokens
+        for prompt in prompts:
+            check(Request(prompt, max_new_tokens, sampling), self.config, length)
+        steps = CachedSteps(self.config, self.params, self.mesh, length)
+        with jax.set_mesh(self.mesh):
+            stops = self._stops(stop_ids)
+            return beam.search(steps, prompts, max_new_tokens, beams, sampling, stops)
+
+    def _stops(self, stop_ids: Sequence[int] | None) -> tuple[int, ...]:
+        if stop_ids is None:
+            return (self.tokenizer.eos_id,) if self.tokenizer else ()
+        return tuple(stop_ids)
 
 
 @jax.jit(static_argnums=0)

@@ -227,3 +227,22 @@ def test_bad_requests_are_refused(request_: Request, error: type[Exception]) -> 
         one.submit(request_)
     assert "\n" not in str(caught.value)
     assert not one.busy
+
+
+@pytest.mark.parametrize("prompt", ["hello", [1.5], [2**40]])
+def test_prompts_of_something_else_than_ids_are_refused(prompt: Any) -> None:
+    with pytest.raises(InputError, match="expected"):
+        shared().submit(Request(prompt))
+
+
+def test_prompts_may_be_arrays() -> None:
+    prompt = np.array(PROMPTS[3], np.int64)
+    assert run(shared(), [Request(prompt, 5)]) == run(shared(), [Request(PROMPTS[3], 5)])
+
+
+def test_settings_have_bounds() -> None:
+    for sampling in (Sampling(1.0, top_k=2**40), Sampling(no_repeat_ngram_size=2**40)):
+        with pytest.raises(ConfigError, match="expected"):
+            shared().submit(Request([1], 5, sampling))
+    with pytest.raises(InputError, match="expected"):
+        shared().submit(Request([1], 5, stop_ids=(2**40,)))

@@ -153,7 +153,7 @@ def test_faster_hardware_is_never_slower(figure: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "devices", "quantize", "slots", "milliseconds"),
-    [  # by weights, cache and two sums a layer alone, as performance notes of this project had it
+    [  # by hand: weights, cache and two sums a layer alone
         ("gpu-h200", 8, "none", 1, 11.6),
         ("gpu-h200", 8, "none", 32, 19.6),
         ("tpu-v5p", 32, "none", 1, 4.7),

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bloomjax.attention import alibi_slopes
+from bloomjax.attention import slopes_here
 from bloomjax.config import ModelConfig
+from bloomjax.kernels.packed import precision
 from bloomjax.model import Block, compute_dtype
 from bloomjax.sharding import act, offset_of, on_devices, split_of, sum_over
 
@@ -206,12 +207,14 @@ def _attend(
 ) -> jax.Array:
     """Softmax(q k / sqrt(H) + ALiBi) v -> [B, N, T, H] in q's dtype, of this device's heads."""
     N, S, H = keys.values.shape[1:]
-    slopes = alibi_slopes(N * split_of("N"), np.float32 if round_alibi else np.float64)
-    slopes_N = jax.lax.dynamic_slice_in_dim(jnp.asarray(slopes), offset_of("N", N), N)
-    slopes_N11 = slopes_N[:, None, None]
+    slopes_N11, exact = slopes_here(N, round_alibi), precision(q_BNTH.dtype)
     dtype = q_BNTH.dtype
     scores = jnp.einsum(
-        "BNTH,BNSH->BNTS", q_BNTH, keys.values.astype(dtype), preferred_element_type=jnp.float32
+        "BNTH,BNSH->BNTS",
+        q_BNTH,
+        keys.values.astype(dtype),
+        precision=exact,
+        preferred_element_type=jnp.float32,
     )
     if keys.scales is not None:
         scores *= keys.scales[:, :, None]
@@ -231,6 +234,7 @@ def _attend(
         "BNTS,BNSH->BNTH",
         probs.astype(dtype),
         values.values.astype(dtype),
+        precision=exact,
         preferred_element_type=jnp.float32,
     )
     return (out / total).astype(dtype)

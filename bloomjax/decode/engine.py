@@ -10,7 +10,7 @@ was admitted. Every process of a mesh makes the same calls.
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -76,7 +76,7 @@ class Engine:
 
     `logits_fn(logits_BV, tokens_BS, lengths_B)` gives the logits to choose from, after the model
     and before everything of `Sampling`; it is compiled into the step (wrap what is not JAX in
-    jax.pure_callback). Raises DoesNotFitError where a mesh does not divide the model.
+    jax.pure_callback), once for each function object: pass the same one again.
     """
 
     def __init__(
@@ -105,8 +105,7 @@ class Engine:
         self._numbers = self._slot_steps = self._written = 0
 
     def submit(self, request: Request) -> int:
-        """Queues a request and gives its number. InputError for a prompt that is empty, has an id
-        outside of the vocabulary, or leaves no room in a slot."""
+        """Queues a request and gives its number. Refuses what `check` does."""
         check(request, self._config, self.length)
         self._waiting.append((self._numbers, request))
         self._numbers += 1
@@ -172,6 +171,11 @@ class Engine:
                 self._slots[b] = None
         return fresh
 
+    def run(self) -> Iterator[Fresh]:
+        """Steps, until nothing waits or runs."""
+        while self.busy:
+            yield from self.step()
+
     @staticmethod
     def _ready(slot: _Slot) -> bool:
         return slot.taken == len(slot.request.prompt) - 1
@@ -180,13 +184,13 @@ class Engine:
         for b, slot in enumerate(self._slots):
             if slot is None and self._waiting:
                 number, request = self._waiting.popleft()
-                self._slots[b] = _Slot(number, request)
                 self._features |= request.sampling.features
                 prompt, stops = request.prompt, request.stop_ids
                 settings = settings_of(
                     [request.sampling], [request.seed], [len(prompt)], [stops], STOP_IDS
                 )
                 row = row_of(prompt, len(prompt) + request.max_new_tokens, settings, self.length)
+                self._slots[b] = _Slot(number, request)
                 cache, *rows = self._state
                 self._state = State(cache, *place(tuple(rows), np.int32(b), row))
 
@@ -205,17 +209,22 @@ class Engine:
 
 
 def check(request: Request, config: ModelConfig, length: int) -> None:
-    """InputError, in one line, for a request that no slot of `length` can take."""
+    """InputError, in one line, for a prompt that is empty, has something else than ids of the
+    vocabulary, or leaves no room in a slot of `length`; ConfigError for its settings."""
     prompt, V = request.prompt, config.vocab_size
     if request.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {request.max_new_tokens}: expected 1 or more")
     sampling.check(request.sampling, request.max_new_tokens)
     if len(request.stop_ids) > STOP_IDS:
         raise InputError(f"{len(request.stop_ids)} stop ids: expected at most {STOP_IDS}")
-    if not prompt:
+    if isinstance(prompt, str):
+        raise InputError("the prompt is a text: expected token ids, as tokenizer.encode gives them")
+    if len(prompt) == 0:
         raise InputError("the prompt is empty: expected at least one token")
-    if wrong := [token for token in prompt if not 0 <= token < V]:
-        raise InputError(f"the prompt has id {wrong[0]}: expected 0 to {V - 1}")
+    for name, ids in (("the prompt has id", prompt), ("a stop id is", request.stop_ids)):
+        known = (isinstance(id, int | np.integer) and 0 <= id < V for id in ids)
+        if wrong := [id for id, is_known in zip(ids, known, strict=True) if not is_known]:
+            raise InputError(f"{name} {wrong[0]}: expected 0 to {V - 1}")
     if len(prompt) + request.max_new_tokens > length:
         raise InputError(
             f"the prompt has {len(prompt)} tokens, and {request.max_new_tokens} are to come: "

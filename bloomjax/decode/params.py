@@ -1,7 +1,7 @@
 """Parameters as decoding has them: a list of blocks, every matrix packed, on the decode mesh.
 
 Matrices are Hugging Face's, rows of outputs (`formats.names`, `theirs`), so what a file holds is
-what X
+what a product reads; vectors are ours, in the dtype of compute. Letters: J outputs, K inputs.
 """
 
 import dataclasses

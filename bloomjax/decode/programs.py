@@ -87,12 +87,13 @@ def take_prompt(
 ) -> tuple[Cache, int]:
     """The next chunk of a prompt, from place `start` on, into a slot; and how many tokens it is.
 
-    Starts are whole chunks, so a chunk, rounded up, never reaches past the end of a slot."""
+    Starts are whole chunks, and so are longer slots: no chunk reaches past the end of a slot. Few
+    programs are compiled: one for each size of a first chunk, and for each power of two of what
+    later ones see."""
     tokens = prompt[start : min(start + CHUNK, len(prompt) - 1)]
-    tokens_1C = np.zeros((1, round_up(len(tokens))), np.int32)
+    tokens_1C = np.zeros((1, CHUNK if start else round_up(len(tokens))), np.int32)
     tokens_1C[0, : len(tokens)] = tokens
     inputs = put(tokens_1C, act("1S"), jax.sharding.get_mesh()), np.int32(slot), np.int32(start)
-    # Of the places, a first chunk sees its own; later ones are compiled for every power of two.
     seen, length = start + tokens_1C.size, cache.keys[0].values.shape[2]
     seen = min(length, 1 << (seen - 1).bit_length()) if start else seen
     return _take(config, seen, params, cache, *inputs), len(tokens)

@@ -63,14 +63,15 @@ GROUP = 512  # ids that a draw takes together: about the root of BLOOM's vocabul
 
 def check(sampling: Sampling, max_new_tokens: int | None = None) -> None:
     """ConfigError, in one line, for a value out of its range or one that another makes idle."""
+    most_int = 2**31 - 1
     ranges = {
         "temperature": (0.0, math.inf, "0 (greedy) or more"),
-        "top_k": (0, math.inf, "0 (off) or more"),
+        "top_k": (0, most_int, "0 (off) or more"),
         "top_p": (0.0, 1.0, "0 to 1"),
         "min_p": (0.0, 1.0, "0 to 1"),
         "repetition_penalty": (math.ulp(0.0), math.inf, "above 0 (1: off)"),
-        "no_repeat_ngram_size": (0, math.inf, "0 (off) or more"),
-        "min_new_tokens": (0, math.inf, "0 or more"),
+        "no_repeat_ngram_size": (0, most_int, "0 (off) or more"),
+        "min_new_tokens": (0, most_int, "0 or more"),
     }
     for name, (least, most, expected) in ranges.items():
         value = getattr(sampling, name)

@@ -36,6 +36,7 @@ class CachedSteps:
 
     def prefill(self, prompts: Sequence[Sequence[int]], rows_each: int) -> jax.Array:
         """Each prompt in `rows_each` rows, one after the other -> float32 logits [R, V]."""
+        self._cache: Cache | None = None  # of an earlier search: its memory is this one's
         first_R = np.repeat(np.arange(len(prompts)) * rows_each, rows_each)
         with jax.set_mesh(self._mesh):
             cache = jax.jit(empty_cache, static_argnums=(0, 1, 2, 3))(

@@ -71,7 +71,8 @@ class Answer:
     def __init__(self, request: Request, text: Text | None = None):
         self.request, self.text = request, text
         self.ids: list[int] = []
-        self.logprob = 0.0  # of all of them together, in nats
+        self.logprobs: list[float] = []  # of each, in nats
+        self.logprob = 0.0  # of all of them together
         self.finish = ""
         self._begun = self._first = self._last = 0.0
         self._at_first = 0
@@ -85,6 +86,7 @@ class Answer:
         given = ""
         for token, logprob in zip(fresh.ids, fresh.logprobs, strict=True):
             self.ids.append(token)
+            self.logprobs.append(logprob)
             self.logprob += logprob
             given += self.text.feed(token) if self.text else ""
             if self.text and self.text.stopped:

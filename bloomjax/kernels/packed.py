@@ -37,6 +37,12 @@ class Packed:
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # sizes of J's letters
 
 
+def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Of products of `dtype`: float32 means float32, of which TPUs by default make bfloat16, and
+    GPUs TF32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 def widened(packed: Packed, dtype: jnp.dtype) -> jax.Array:
     """The weights themselves, [J, I] in `dtype`."""
     return _widened(packed.values, packed.scales, dtype)
@@ -70,7 +76,7 @@ def multiply(x_MI: jax.Array, packed: Packed, dtype: jnp.dtype) -> jax.Array:
         y_MJ = _in_tiles(x_MI, values, scales) if y_MJ is None else y_MJ
     elif scales is not None and scales.shape[1] == 1:
         w_JI = values.astype(x_MI.dtype)
-        y_MJ = jnp.einsum("MI,JI->MJ", x_MI, w_JI, preferred_element_type=jnp.float32)
+        y_MJ = _product(x_MI, w_JI, jnp.float32)
         y_MJ *= scales[:, 0]
     elif scales is not None and len(x_MI) <= _ROWS:
         y_MJ = _in_sums(x_MI, values, scales)
@@ -80,8 +86,13 @@ def multiply(x_MI: jax.Array, packed: Packed, dtype: jnp.dtype) -> jax.Array:
         y_MJ = y_PMJ.reshape(-1, len(values))[: len(x_MI)]
     else:
         w_JI = widened(packed, x_MI.dtype)
-        y_MJ = jnp.einsum("MI,JI->MJ", x_MI, w_JI, preferred_element_type=dtype)
+        y_MJ = _product(x_MI, w_JI, dtype)
     return y_MJ.astype(dtype)
+
+
+def _product(x_MI: jax.Array, w_JI: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    exact = precision(x_MI.dtype)
+    return jnp.einsum("MI,JI->MJ", x_MI, w_JI, precision=exact, preferred_element_type=dtype)
 
 
 def _in_sums(x_MI: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
