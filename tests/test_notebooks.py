@@ -4,14 +4,15 @@ What Colab adds (its badge, the first cell's installation) is not run, only read
 """
 
 import json
+import sysconfig
 from pathlib import Path
 
 import pytest
 from foreign import Memory, copy
 from helpers import model_config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trial import corpus
 
+from bloomjax.data.tokenizer import train_tokenizer
 from bloomjax.formats.hf import HFWriter
 from bloomjax.formats.tensors import DTYPES
 
@@ -25,18 +26,10 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in Hugging Face's format, with a byte-level tokenizer that knows any text."""
     root = tmp_path_factory.mktemp("notebooks")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train(sorted(map(str, corpus(root).iterdir())), trainer)
+    texts = (path.read_text() for path in corpus(root).iterdir())
+    train_tokenizer(texts, 320, root / "tokenizer.json")
     config = model_config(width=64, heads=4, vocab_size=320, init_std=0.1)
-    files = {"tokenizer.json": tokenizer.to_str().encode()}
+    files = {"tokenizer.json": (root / "tokenizer.json").read_bytes()}
     source = Memory(config, "float16", files=files)
     copy(source, HFWriter(root / "tiny", config, DTYPES["float16"], tokenizer=files, origin={}))
     return root
@@ -46,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL", str(folder / "tiny"))
-    monkeypatch.setenv("TEXT", str(folder / "corpus"))
+    monkeypatch.setenv("TEXT", sysconfig.get_path("stdlib") + "/*.py")
     monkeypatch.setenv("STEPS", "12")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     notebook = nbformat.read(path, as_version=4)

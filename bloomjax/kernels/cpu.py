@@ -33,6 +33,9 @@ _FLAGS = ("-std=c++17", "-O3", f"{_NATIVE}=native", "-ffp-contract=off", "-fPIC"
 _PATIENCE = 120  # seconds that the compiler, which takes some ten, may take
 
 
+_REGISTERED: set[str] = set()  # XLA takes a name once; what it calls is the same in any library
+
+
 def multiply(x_MI: jax.Array, values: jax.Array, scales: jax.Array | None) -> jax.Array | None:
     """x times the transposed weights of a `Packed` -> float32 [M, J], or None for want of a kernel.
 
@@ -61,7 +64,9 @@ def kernel() -> str:
         _LOG.warning("products with packed weights on CPU fall back to XLA, slower: %s", reason)
         return ""
     name = f"bloomjax_multiply_{hashlib.sha256(source).hexdigest()[:8]}"
-    jax.ffi.register_ffi_target(name, address, platform="cpu")
+    if name not in _REGISTERED:
+        jax.ffi.register_ffi_target(name, address, platform="cpu")
+        _REGISTERED.add(name)
     return name
 
 

@@ -124,10 +124,10 @@ def _in_tiles(x_MI: jax.Array, values: jax.Array, scales: jax.Array | None) -> j
         return jnp.einsum("MI,JI->MJ", x_MI, w_JI)
 
     J = values.shape[0]
-    if values.dtype == jnp.float32:
-        return some(0, J)
     tile = _TILE if len(x_MI) <= _FEW else _LARGE_TILE
-    rows = min(max(tile // x_MI.shape[1], 1), J)
+    rows = max(tile // x_MI.shape[1], 1)
+    if values.dtype == jnp.float32 or rows >= J:
+        return some(0, J)
     tiles, rest = divmod(J, rows)
     y_TMJ = jax.lax.map(lambda t: some(t * rows, rows), jnp.arange(tiles))
     y_MJ = y_TMJ.swapaxes(0, 1).reshape(len(x_MI), tiles * rows)
