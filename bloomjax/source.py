@@ -4,6 +4,7 @@ The one invariant: what will not fit is refused before any of it is allocated. H
 `decode.reading`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -66,13 +67,14 @@ class Model:
 
         DoesNotFitError if its cache is larger than the memory that is left.
         """
-        needed = cache_bytes(self.config, self.mesh, CacheSize(slots, length, cache_dtype))
+        cache = CacheSize(slots, length, cache_dtype)
+        needed = cache_bytes(self.config, self.mesh, cache)
         free = memory.free(self.mesh.local_devices)
         if free is not None and needed > free:
             raise DoesNotFitError(
                 f"expected {amount(needed)} of free memory on each device for the cache of {slots} "
-                f"slots of {length} tokens, found {amount(free)}: take fewer slots, a shorter "
-                "length, or --cache_dtype=int8"
+                f"slots of {length} tokens, found {amount(free)}: take "
+                + smaller_caches(self.config, self.mesh, cache, free)
             )
         options["cache_dtype"] = cache_dtype
         return Engine(self.config, self.params, self.mesh, slots=slots, length=length, **options)
@@ -169,7 +171,10 @@ class Opened:
 
     def load(self, cache: CacheSize | None = None) -> Model:
         """See `load`."""
-        self._check_fits(cache)
+        needs = self.check_fits(cache)
+        log.info(
+            "%s: %s parameters; needs %s", self.source, f"{self.config.parameter_count:,}", needs
+        )
         params = read_params(self.reader, self.config, self.mesh, self.quantize)
         commit = self.reader.origin.get("commit")
         origin = f"{self.source} (commit {commit})" if commit else str(self.source)
@@ -180,30 +185,38 @@ class Opened:
         weights = abstract_of(self.reader, self.config, self.mesh, quantize)
         return bytes_per_device(weights), largest_tensor(self.reader, self.config, self.mesh)
 
-    def _check_fits(self, cache: CacheSize | None) -> None:
-        """Says what the model needs. DoesNotFitError if a device of this process has less."""
+    def check_fits(self, cache: CacheSize | None = None) -> str:
+        """What the model needs, for people. DoesNotFitError if a device of this process has less,
+        with what would fit: a smaller cache if the weights do."""
         weights, tensor = self._needs(self.quantize)
         slots = cache_bytes(self.config, self.mesh, cache) if cache else 0
         needed, free = weights + tensor + slots, memory.free(self.mesh.local_devices)
         what = f"{amount(weights)} of weights"
         what += f", {amount(slots)} of cache" if cache else ""
         what += f", {amount(tensor)} while they are read"
-        if free is None or needed <= free:
-            log.info(
-                "%s: %s parameters; needs %s on each of %d devices%s",
-                self.source,
-                f"{self.config.parameter_count:,}",
-                what,
-                self.mesh.size,
-                "" if free is None else f", where {amount(free)} are free",
-            )
-            return
-        small = sum(self._needs("int8")) + slots
-        less = f"--quantize=int8 ({amount(small)}), " if small <= free else ""
+        where = f"on each of {self.mesh.size} devices"
+        if free is None:
+            return f"{what} {where}"
+        if needed <= free:
+            return f"{what} {where}, where {amount(free)} are free"
+        room = free - weights - tensor
+        if cache and room >= 0:
+            advice = smaller_caches(self.config, self.mesh, cache, room)
+        else:
+            advice = f"{self._fewer_bits(free - slots)}a smaller model, or more devices"
         raise DoesNotFitError(
-            f"{self.source}: expected {amount(needed)} of free memory on each of {self.mesh.size} "
-            f"devices ({what}), found {amount(free)}: take {less}a smaller model, or more devices"
+            f"{self.source}: expected {amount(needed)} of free memory {where} ({what}), found "
+            f"{amount(free)}: take {advice}"
         )
+
+    def _fewer_bits(self, room: int) -> str:
+        """The flag, and a comma, of the most bits a weight that `room` bytes are enough for."""
+        kinds = ("none", "int8", "int4")
+        for quantize in kinds[kinds.index(self.quantize) + 1 :]:
+            with contextlib.suppress(DoesNotFitError):  # int4, where groups do not divide
+                if (needed := sum(self._needs(quantize))) <= room:
+                    return f"--quantize={quantize} ({amount(needed)}), "
+        return ""
 
 
 def opened(
@@ -221,6 +234,17 @@ def cache_bytes(config: ModelConfig, mesh: Mesh, cache: CacheSize) -> int:
     with jax.set_mesh(mesh):
         make = functools.partial(empty_cache, config, cache.slots, round_up(cache.length))
         return bytes_per_device(jax.eval_shape(functools.partial(make, cache.dtype)))
+
+
+def smaller_caches(config: ModelConfig, mesh: Mesh, cache: CacheSize, room: int) -> str:
+    """What to take where `cache` needs more than the `room` bytes that each device has for it."""
+    ways = ["fewer tokens (--max_new_tokens)"]
+    eight = cache._replace(dtype="int8")
+    if cache != eight and (size := cache_bytes(config, mesh, eight)) <= room:
+        ways.append(f"--cache_dtype=int8 ({amount(size)})")
+    if cache.slots > 1:
+        ways.append("fewer prompts or beams at a time")
+    return ", or ".join(ways)
 
 
 def open_source(source: str | Path) -> Reader:

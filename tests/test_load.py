@@ -206,14 +206,28 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
     model = bloomjax.load(tmp_path / "hf", mesh, quantize="int8")
     with pytest.raises(DoesNotFitError, match=r"cache of 64 slots of 512 tokens, found 8\.39 MB"):
         model.engine(64, 512)
+    with pytest.raises(
+        DoesNotFitError, match=r"take fewer tokens .*, or --cache_dtype=int8 \(4\.3"
+    ):
+        model.engine(1, 4096)
     monkeypatch.setattr("bloomjax.source.read_params", lambda *_: pytest.fail("read"))
     with pytest.raises(DoesNotFitError) as caught:
         bloomjax.load(tmp_path / "hf", mesh, cache=CacheSize(8, 512))
     line = str(caught.value)
     assert "\n" not in line and "16.78 MB of cache" in line and "found 8.39 MB" in line
-    assert "int8" not in line  # the cache alone is too large
+    # The weights fit: what helps is a smaller cache, though not one in eight bits here.
+    assert line.endswith("fewer tokens (--max_new_tokens), or fewer prompts or beams at a time")
+    with pytest.raises(DoesNotFitError, match=r"or --cache_dtype=int8 \(.* MB\)$"):
+        bloomjax.load(tmp_path / "hf", mesh, quantize="int8", cache=CacheSize(1, 4096))
     monkeypatch.setattr(memory, "host", lambda: memory.Host(free, free - 3 * 2**20, None))
-    with pytest.raises(DoesNotFitError, match="take --quantize=int8 "):
+    with pytest.raises(DoesNotFitError, match=r"take --quantize=int8 .*, a smaller model"):
+        bloomjax.load(tmp_path / "hf", mesh)
+    monkeypatch.setattr(memory, "host", lambda: memory.Host(free, 2 * 2**20, None))
+    for quantize in ("none", "int8"):
+        with pytest.raises(DoesNotFitError, match="take --quantize=int4 "):
+            bloomjax.load(tmp_path / "hf", mesh, quantize=quantize)
+    monkeypatch.setattr(memory, "host", lambda: memory.Host(free, 2**20, None))
+    with pytest.raises(DoesNotFitError, match=r"found 1\.05 MB: take a smaller model"):
         bloomjax.load(tmp_path / "hf", mesh)
 
 
