@@ -225,7 +225,10 @@ def opened(
     """What `load` does first: nothing but headers is read."""
     reader = open_source(source)
     config = dataclasses.replace(reader.config, dtype=dtype)
-    mesh = decode_mesh(config, jax.devices() if mesh is None else list(mesh.devices.ravel()))
+    devices = jax.devices() if mesh is None else list(mesh.devices.ravel())
+    mesh = decode_mesh(config, devices)
+    if mesh.size < len(devices):
+        log.info("%s does not divide over %d devices: %d are used", source, len(devices), mesh.size)
     return Opened(source, reader, config, mesh, quantize)
 
 

@@ -2,7 +2,9 @@
 once; what does not fit is refused before it is read."""
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,8 +17,9 @@ from helpers import forward, from_hf, model_config, widened_hf
 
 import bloomjax
 from bloomjax import memory
+from bloomjax.config import MeshConfig, base_config, freeze
 from bloomjax.decode.reading import read_params
-from bloomjax.errors import DoesNotFitError, InputError
+from bloomjax.errors import ConfigError, DoesNotFitError, InputError
 from bloomjax.formats.gguf import GGUFReader
 from bloomjax.formats.gguf_writer import GGUFWriter
 from bloomjax.formats.hf import HFWriter
@@ -25,7 +28,7 @@ from bloomjax.formats.names import ROWS
 from bloomjax.formats.orbax import OrbaxWriter
 from bloomjax.formats.tensors import DTYPES, order
 from bloomjax.kernels.packing import quantise
-from bloomjax.sharding import decode_mesh
+from bloomjax.sharding import decode_mesh, make_mesh
 from bloomjax.source import CacheSize, open_source
 
 CONFIG = model_config(layers=3, width=64, heads=8, vocab_size=96)
@@ -184,6 +187,30 @@ def test_four_processes_read_each_tensor_once(tmp_path: Path) -> None:
         count = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
         often = times[tensor.offset : tensor.offset + count]
         assert (often == (1 if len(tensor.shape) == 2 else 4)).all()
+
+
+def test_as_many_devices_as_divide_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two ways of 560m's heads, and of its width, whatever is left over; of processes, none is."""
+    small = freeze(base_config("560m")).model
+    found = {n: decode_mesh(small, jax.devices()[:n]).size for n in range(1, 9)}
+    assert found == {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 4, 8: 8}
+    assert decode_mesh(ODD, jax.devices()[:7]).size == 6
+    source = hf_folder(tmp_path / "hf", CONFIG, "float16")
+    mesh = make_mesh(MeshConfig(data=3), jax.devices()[:3])
+    with caplog.at_level(logging.INFO, "bloomjax"):
+        model = bloomjax.load(tmp_path / "hf", mesh)
+    (line,) = (r.getMessage() for r in caplog.records if "does not divide" in r.getMessage())
+    assert "over 3 devices: 2 are used" in line
+    expected = forward(from_hf(source.tensors["params"], CONFIG), CONFIG, TOKENS)
+    np.testing.assert_allclose(model(TOKENS), expected, atol=1e-4)
+    devices: Any = [SimpleNamespace(process_index=i // 2) for i in range(6)]
+    with pytest.raises(ConfigError) as caught:
+        decode_mesh(small, devices)
+    line = str(caught.value)
+    assert line.startswith("decoding on 6 devices: expected") and "have 4 devices" in line
+    assert "data" not in line and "\n" not in line
 
 
 @pytest.mark.parametrize("source", ["nowhere", "no/where/else", "a/b@c/d/../e"])
