@@ -1,14 +1,14 @@
 """A model from wherever it is, in whatever format, straight onto a mesh.
 
-The one invariant: what will not fit is refused before any of it is allocated. How tensors travel is
-`decode.reading`.
+The one invariant: what will not fit is refused before any of it is fetched or allocated. How
+tensors travel is `decode.reading`.
 """
 
 import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from bloomjax.decode.sampling import GREEDY, Sampling
 from bloomjax.errors import DoesNotFitError, InputError
 from bloomjax.formats import hub
 from bloomjax.formats.gguf import GGUFReader
-from bloomjax.formats.hf import HFReader
+from bloomjax.formats.hf import HFPromise, HFReader
 from bloomjax.formats.megatron import MegatronReader
 from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader
 from bloomjax.formats.tensors import Reader
@@ -151,7 +151,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model before it is loaded: what it is, and what it needs. See `load` for the fields."""
+    """A model before its weights are read: what it is, and what they need. Fields: see `load`."""
 
     source: str | Path
     reader: Reader
@@ -222,14 +222,18 @@ class Opened:
 def opened(
     source: str | Path, mesh: Mesh | None = None, dtype: str = "auto", quantize: str = "none"
 ) -> Opened:
-    """What `load` does first: nothing but headers is read."""
-    reader = open_source(source)
-    config = dataclasses.replace(reader.config, dtype=dtype)
+    """What `load` does first: `open_source`, on a mesh. Weights of the Hub are not downloaded if by
+    what is beside them they will not fit: DoesNotFitError."""
     devices = jax.devices() if mesh is None else list(mesh.devices.ravel())
-    mesh = decode_mesh(config, devices)
-    if mesh.size < len(devices):
-        log.info("%s does not divide over %d devices: %d are used", source, len(devices), mesh.size)
-    return Opened(source, reader, config, mesh, quantize)
+
+    def on_mesh(reader: Reader) -> Opened:
+        config = dataclasses.replace(reader.config, dtype=dtype)
+        return Opened(source, reader, config, decode_mesh(config, devices), quantize)
+
+    found = on_mesh(open_source(source, lambda promise: on_mesh(promise).check_fits()))
+    if (used := found.mesh.size) < len(devices):
+        log.info("%s does not divide over %d devices: %d are used", source, len(devices), used)
+    return found
 
 
 def cache_bytes(config: ModelConfig, mesh: Mesh, cache: CacheSize) -> int:
@@ -250,13 +254,16 @@ def smaller_caches(config: ModelConfig, mesh: Mesh, cache: CacheSize, room: int)
     return ", or ".join(ways)
 
 
-def open_source(source: str | Path) -> Reader:
+def open_source(
+    source: str | Path, before_weights: Callable[[Reader], object] | None = None
+) -> Reader:
     """What reads `source`: a training workdir or one of its checkpoints, a folder in Hugging Face's
     format, a GGUF file, a Megatron-DeepSpeed folder, or the id of a repository of the hub, with a
     revision if you like: "bigscience/bloom-560m-intermediate@global_step100000".
 
-    Headers are read, and of our own checkpoints every byte verified. InputError if there is no
-    model there.
+    Of files, headers are read; of our own checkpoints every byte, to be verified; and what the Hub
+    has is downloaded first: `before_weights` is called when all but the weights is there, and may
+    raise. InputError if there is no model there, and what `hub.fetch` raises.
     """
     path = Path(source)
     if checkpoint.is_run(path):
@@ -266,7 +273,8 @@ def open_source(source: str | Path) -> Reader:
     if path.is_dir():
         return HFReader(path) if (path / "config.json").is_file() else MegatronReader(path)
     if isinstance(source, str) and hub.is_id(source):
-        return HFReader(*hub.fetch(source))
+        check = before_weights
+        return HFReader(*hub.fetch(source, check and (lambda folder: check(HFPromise(folder)))))
     raise InputError(
         f"{source}: expected a training workdir, a folder of Hugging Face or Megatron-DeepSpeed, a "
         "GGUF file or the id of a repository (organisation/name), found nothing there"
