@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from bloomjax import processes
 from bloomjax.config import Config, freeze, read_value
 from bloomjax.errors import ConfigError, PeerLostError, UserError
+from bloomjax.folders import cache_folder
 
 Define = Callable[[flags.FlagValues], None]
 
@@ -141,15 +142,16 @@ def run(
 
 def keep_compiled() -> str | None:
     """Keeps what is compiled from now on for the next start, and takes what is kept already; gives
-    where. A folder that the user has given JAX stays; None: they want none.
+    where. A folder that the user has given JAX stays; None: they want none, or have no home for it.
 
     The cache may be removed at any time. Every program counts, since on CPU they compile fast, and
     there are many.
     """
     folder = jax.config.values["jax_compilation_cache_dir"]
     if not folder:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = os.path.join(base, "bloomjax", "compiled")
+        if (cache := cache_folder()) is None:
+            return None
+        folder = str(cache / "compiled")
         jax.config.update("jax_compilation_cache_dir", folder)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

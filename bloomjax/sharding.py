@@ -138,12 +138,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def decode_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh that weights are stationary on: heads, ffn and vocabulary over as many devices as
-    divide them, the width over the rest. ConfigError if that does not divide either."""
-    n = model.sizes
-    tensor = math.gcd(n["N"], n["F"], n["V"], len(devices))
-    mesh = make_mesh(MeshConfig(sequence=len(devices) // tensor, tensor=tensor), devices)
-    check_divides(model, mesh)
-    return mesh
+    divide them, the width over the rest. Where that does not divide, over fewer of the devices: the
+    most that it does on; but of several processes none can be left out, so there ConfigError."""
+    n, total = model.sizes, len(devices)
+
+    def tensor(count: int) -> int:
+        return math.gcd(n["N"], n["F"], n["V"], count)
+
+    fit = [count for count in range(1, total + 1) if n["D"] % (count // tensor(count)) == 0]
+    count = fit[-1]
+    if count < total and len({device.process_index for device in devices}) > 1:
+        raise ConfigError(
+            f"decoding on {total} devices: expected a common divisor of heads ({n['N']}), ffn "
+            f"({n['F']}) and vocabulary ({n['V']}), times one of the width ({n['D']}), found "
+            f"{total}: start processes that have {count} devices together"
+        )
+    config = MeshConfig(sequence=count // tensor(count), tensor=tensor(count))
+    return make_mesh(config, devices[:count])
 
 
 def on_cpu() -> bool:

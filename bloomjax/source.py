@@ -1,13 +1,14 @@
 """A model from wherever it is, in whatever format, straight onto a mesh.
 
-The one invariant: what will not fit is refused before any of it is allocated. How tensors travel is
-`decode.reading`.
+The one invariant: what will not fit is refused before any of it is fetched or allocated. How
+tensors travel is `decode.reading`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from bloomjax.decode.steps import CachedSteps
 from bloomjax.errors import DoesNotFitError, InputError
 from bloomjax.formats import hub
 from bloomjax.formats.gguf import GGUFReader
-from bloomjax.formats.hf import HFReader
+from bloomjax.formats.hf import HFPromise, HFReader
 from bloomjax.formats.megatron import MegatronReader
 from bloomjax.formats.orbax import TOKENIZERS, OrbaxReader
 from bloomjax.formats.tensors import Reader
@@ -73,13 +74,14 @@ class Model:
 
         DoesNotFitError if its cache is larger than the memory that is left.
         """
-        needed = cache_bytes(self.config, self.mesh, CacheSize(slots, length, cache_dtype))
+        cache = CacheSize(slots, length, cache_dtype)
+        needed = cache_bytes(self.config, self.mesh, cache)
         free = memory.free(self.mesh.local_devices)
         if free is not None and needed > free:
             raise DoesNotFitError(
                 f"expected {amount(needed)} of free memory on each device for the cache of {slots} "
-                f"slots of {length} tokens, found {amount(free)}: take fewer slots, a shorter "
-                "length, or --cache_dtype=int8"
+                f"slots of {length} tokens, found {amount(free)}: take "
+                + smaller_caches(self.config, self.mesh, cache, free)
             )
         options["cache_dtype"] = cache_dtype
         return Engine(self.config, self.params, self.mesh, slots=slots, length=length, **options)
@@ -180,7 +182,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model before it is loaded: what it is, and what it needs. See `load` for the fields."""
+    """A model before its weights are read: what it is, and what they need. Fields: see `load`."""
 
     source: str | Path
     reader: Reader
@@ -200,7 +202,10 @@ class Opened:
 
     def load(self, cache: CacheSize | None = None) -> Model:
         """See `load`."""
-        self._check_fits(cache)
+        needs = self.check_fits(cache)
+        log.info(
+            "%s: %s parameters; needs %s", self.source, f"{self.config.parameter_count:,}", needs
+        )
         params = read_params(self.reader, self.config, self.mesh, self.quantize)
         commit = self.reader.origin.get("commit")
         origin = f"{self.source} (commit {commit})" if commit else str(self.source)
@@ -211,40 +216,55 @@ class Opened:
         weights = abstract_of(self.reader, self.config, self.mesh, quantize)
         return bytes_per_device(weights), largest_tensor(self.reader, self.config, self.mesh)
 
-    def _check_fits(self, cache: CacheSize | None) -> None:
-        """Says what the model needs. DoesNotFitError if a device of this process has less."""
+    def check_fits(self, cache: CacheSize | None = None) -> str:
+        """What the model needs, for people. DoesNotFitError if a device of this process has less,
+        with what would fit: a smaller cache if the weights do."""
         weights, tensor = self._needs(self.quantize)
         slots = cache_bytes(self.config, self.mesh, cache) if cache else 0
         needed, free = weights + tensor + slots, memory.free(self.mesh.local_devices)
         what = f"{amount(weights)} of weights"
         what += f", {amount(slots)} of cache" if cache else ""
         what += f", {amount(tensor)} while they are read"
-        if free is None or needed <= free:
-            log.info(
-                "%s: %s parameters; needs %s on each of %d devices%s",
-                self.source,
-                f"{self.config.parameter_count:,}",
-                what,
-                self.mesh.size,
-                "" if free is None else f", where {amount(free)} are free",
-            )
-            return
-        small = sum(self._needs("int8")) + slots
-        less = f"--quantize=int8 ({amount(small)}), " if small <= free else ""
+        where = f"on each of {self.mesh.size} devices"
+        if free is None:
+            return f"{what} {where}"
+        if needed <= free:
+            return f"{what} {where}, where {amount(free)} are free"
+        room = free - weights - tensor
+        if cache and room >= 0:
+            advice = smaller_caches(self.config, self.mesh, cache, room)
+        else:
+            advice = f"{self._fewer_bits(free - slots)}a smaller model, or more devices"
         raise DoesNotFitError(
-            f"{self.source}: expected {amount(needed)} of free memory on each of {self.mesh.size} "
-            f"devices ({what}), found {amount(free)}: take {less}a smaller model, or more devices"
+            f"{self.source}: expected {amount(needed)} of free memory {where} ({what}), found "
+            f"{amount(free)}: take {advice}"
         )
+
+    def _fewer_bits(self, room: int) -> str:
+        """The flag, and a comma, of the most bits a weight that `room` bytes are enough for."""
+        kinds = ("none", "int8", "int4")
+        for quantize in kinds[kinds.index(self.quantize) + 1 :]:
+            with contextlib.suppress(DoesNotFitError):  # int4, where groups do not divide
+                if (needed := sum(self._needs(quantize))) <= room:
+                    return f"--quantize={quantize} ({amount(needed)}), "
+        return ""
 
 
 def opened(
     source: str | Path, mesh: Mesh | None = None, dtype: str = "auto", quantize: str = "none"
 ) -> Opened:
-    """What `load` does first: nothing but headers is read."""
-    reader = open_source(source)
-    config = dataclasses.replace(reader.config, dtype=dtype)
-    mesh = decode_mesh(config, jax.devices() if mesh is None else list(mesh.devices.ravel()))
-    return Opened(source, reader, config, mesh, quantize)
+    """What `load` does first: `open_source`, on a mesh. Weights of the Hub are not downloaded if by
+    what is beside them they will not fit: DoesNotFitError."""
+    devices = jax.devices() if mesh is None else list(mesh.devices.ravel())
+
+    def on_mesh(reader: Reader) -> Opened:
+        config = dataclasses.replace(reader.config, dtype=dtype)
+        return Opened(source, reader, config, decode_mesh(config, devices), quantize)
+
+    found = on_mesh(open_source(source, lambda promise: on_mesh(promise).check_fits()))
+    if (used := found.mesh.size) < len(devices):
+        log.info("%s does not divide over %d devices: %d are used", source, len(devices), used)
+    return found
 
 
 def cache_bytes(config: ModelConfig, mesh: Mesh, cache: CacheSize) -> int:
@@ -254,13 +274,27 @@ def cache_bytes(config: ModelConfig, mesh: Mesh, cache: CacheSize) -> int:
         return bytes_per_device(jax.eval_shape(functools.partial(make, cache.dtype)))
 
 
-def open_source(source: str | Path) -> Reader:
+def smaller_caches(config: ModelConfig, mesh: Mesh, cache: CacheSize, room: int) -> str:
+    """What to take where `cache` needs more than the `room` bytes that each device has for it."""
+    ways = ["fewer tokens (--max_new_tokens)"]
+    eight = cache._replace(dtype="int8")
+    if cache != eight and (size := cache_bytes(config, mesh, eight)) <= room:
+        ways.append(f"--cache_dtype=int8 ({amount(size)})")
+    if cache.slots > 1:
+        ways.append("fewer prompts or beams at a time")
+    return ", or ".join(ways)
+
+
+def open_source(
+    source: str | Path, before_weights: Callable[[Reader], object] | None = None
+) -> Reader:
     """What reads `source`: a training workdir or one of its checkpoints, a folder in Hugging Face's
     format, a GGUF file, a Megatron-DeepSpeed folder, or the id of a repository of the hub, with a
     revision if you like: "bigscience/bloom-560m-intermediate@global_step100000".
 
-    Headers are read, and of our own checkpoints every byte verified. InputError if there is no
-    model there.
+    Of files, headers are read; of our own checkpoints every byte, to be verified; and what the Hub
+    has is downloaded first: `before_weights` is called when all but the weights is there, and may
+    raise. InputError if there is no model there, and what `hub.fetch` raises.
     """
     path = Path(source)
     if checkpoint.is_run(path):
@@ -270,7 +304,8 @@ def open_source(source: str | Path) -> Reader:
     if path.is_dir():
         return HFReader(path) if (path / "config.json").is_file() else MegatronReader(path)
     if isinstance(source, str) and hub.is_id(source):
-        return HFReader(*hub.fetch(source))
+        check = before_weights
+        return HFReader(*hub.fetch(source, check and (lambda folder: check(HFPromise(folder)))))
     raise InputError(
         f"{source}: expected a training workdir, a folder of Hugging Face or Megatron-DeepSpeed, a "
         "GGUF file or the id of a repository (organisation/name), found nothing there"

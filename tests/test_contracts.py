@@ -43,7 +43,7 @@ ROOMS = [
     {"kernels"},
     {"sharding"},
     {"watchdog"},
-    {"metrics", "processes", "manifests", "memory"},
+    {"metrics", "processes", "manifests", "memory", "folders"},
     {"machines"},
     {"cluster"},
     {"config"},

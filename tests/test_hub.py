@@ -12,9 +12,12 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
-from hf_folders import folder, weights
+from helpers import one_device
+from hf_folders import config_json, folder, weights
 from huggingface_hub import constants
 
+import bloomjax
+from bloomjax import memory
 from bloomjax.errors import DoesNotFitError, InputError
 from bloomjax.formats import hub
 from bloomjax.formats.hf import HFReader
@@ -116,6 +119,41 @@ def test_sizes_first_then_only_what_we_read(server: type[Hub], capsys) -> None:
     assert hub.find(source).missing == 0
     hub.fetch(source)
     assert len(server.served) == 2  # the second time nothing came over the wire
+
+
+@pytest.mark.parametrize("told", [{}, {"torch_dtype": "float32"}, {"dtype": "float32"}])
+def test_weights_that_will_not_fit_are_not_fetched(
+    server: type[Hub], monkeypatch, told: dict[str, str]
+) -> None:
+    """By config.json, which may tell the dtype; 16 bits otherwise, as BLOOM has."""
+    shape = {"layers": 12, "width": 64, "heads": 2, "vocab_size": 500}
+    server.files["config.json"] = json.dumps(config_json(**shape, **told)).encode()
+    server.files["tokenizer.json"] = b"{}"
+    server.files["model.safetensors"] = b"8 bytes, and no weights"
+    parameters = 12 * 12 * 64 * 64 + 500 * 64
+    mesh = one_device()
+    for bytes_each, fits in (1, False), (3, not told), (5, True):
+        free = bytes_each * parameters
+        monkeypatch.setattr(memory, "free", lambda devices, free=free: free)
+        error = InputError if fits else DoesNotFitError
+        with pytest.raises(error, match="model.safetensors" if fits else "of free memory"):
+            bloomjax.load(ID, mesh)
+        assert ("model.safetensors" in server.served) == fits
+    assert sorted(server.served) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_weights_of_another_model_are_not_fetched(server: type[Hub]) -> None:
+    server.files["config.json"] = json.dumps(config_json(model_type="llama")).encode()
+    with pytest.raises(InputError, match="model_type of bloom, found 'llama'"):
+        bloomjax.load(ID)
+    assert server.served == ["config.json"]
+
+
+def test_a_model_that_fits_is_loaded(server: type[Hub], caplog) -> None:
+    with caplog.at_level("INFO", "bloomjax"):
+        model = bloomjax.load(ID, one_device())
+    assert f"commit {COMMIT}" in model.origin and len(caplog.records) == 1
+    assert sorted(server.served) == ["config.json", "model.safetensors"]
 
 
 def test_bin_only_if_there_are_no_safetensors(server: type[Hub]) -> None:

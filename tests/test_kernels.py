@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 from jax.sharding import PartitionSpec as P
 
-from bloomjax import aot
+from bloomjax import aot, cli
 from bloomjax.config import base_config, freeze
 from bloomjax.kernels import cpu
 from bloomjax.kernels.packed import Packed, multiply, widened
@@ -222,6 +223,29 @@ def test_with_a_cache_that_cannot_be_written(caplog: Any, tmp_path: Path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     fallen_back(caplog)
     cpu.kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("cache")
+def test_with_a_compiler_that_takes_too_long(caplog: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\necho still at it >&2\nexec sleep 60\n")
+    slow.chmod(0o700)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setattr(cpu, "_PATIENCE", 0.5)
+    assert "still at it" in fallen_back(caplog)
+
+
+@pytest.mark.usefixtures("cache")
+def test_for_a_user_without_a_home(caplog: Any, monkeypatch: Any) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert "set XDG_CACHE_HOME" in fallen_back(caplog)
+    config = SimpleNamespace(values={"jax_compilation_cache_dir": None})  # and no way to update it
+    monkeypatch.setattr(cli, "jax", SimpleNamespace(config=config))
+    assert cli.keep_compiled() is None
 
 
 # What the compiler for GPUs makes of it -----------------------------------------------------------

@@ -2,7 +2,9 @@
 once; what does not fit is refused before it is read."""
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,8 +17,9 @@ from helpers import forward, from_hf, model_config, widened_hf
 
 import bloomjax
 from bloomjax import memory
+from bloomjax.config import MeshConfig, base_config, freeze
 from bloomjax.decode.reading import read_params
-from bloomjax.errors import DoesNotFitError, InputError
+from bloomjax.errors import ConfigError, DoesNotFitError, InputError
 from bloomjax.formats.gguf import GGUFReader
 from bloomjax.formats.gguf_writer import GGUFWriter
 from bloomjax.formats.hf import HFWriter
@@ -25,7 +28,7 @@ from bloomjax.formats.names import ROWS
 from bloomjax.formats.orbax import OrbaxWriter
 from bloomjax.formats.tensors import DTYPES, order
 from bloomjax.kernels.packing import quantise
-from bloomjax.sharding import decode_mesh
+from bloomjax.sharding import decode_mesh, make_mesh
 from bloomjax.source import CacheSize, open_source
 
 CONFIG = model_config(layers=3, width=64, heads=8, vocab_size=96)
@@ -186,6 +189,30 @@ def test_four_processes_read_each_tensor_once(tmp_path: Path) -> None:
         assert (often == (1 if len(tensor.shape) == 2 else 4)).all()
 
 
+def test_as_many_devices_as_divide_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two ways of 560m's heads, and of its width, whatever is left over; of processes, none is."""
+    small = freeze(base_config("560m")).model
+    found = {n: decode_mesh(small, jax.devices()[:n]).size for n in range(1, 9)}
+    assert found == {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 4, 8: 8}
+    assert decode_mesh(ODD, jax.devices()[:7]).size == 6
+    source = hf_folder(tmp_path / "hf", CONFIG, "float16")
+    mesh = make_mesh(MeshConfig(data=3), jax.devices()[:3])
+    with caplog.at_level(logging.INFO, "bloomjax"):
+        model = bloomjax.load(tmp_path / "hf", mesh)
+    (line,) = (r.getMessage() for r in caplog.records if "does not divide" in r.getMessage())
+    assert "over 3 devices: 2 are used" in line
+    expected = forward(from_hf(source.tensors["params"], CONFIG), CONFIG, TOKENS)
+    np.testing.assert_allclose(model(TOKENS), expected, atol=1e-4)
+    devices: Any = [SimpleNamespace(process_index=i // 2) for i in range(6)]
+    with pytest.raises(ConfigError) as caught:
+        decode_mesh(small, devices)
+    line = str(caught.value)
+    assert line.startswith("decoding on 6 devices: expected") and "have 4 devices" in line
+    assert "data" not in line and "\n" not in line
+
+
 @pytest.mark.parametrize("source", ["nowhere", "no/where/else", "a/b@c/d/../e"])
 def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -206,14 +233,28 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
     model = bloomjax.load(tmp_path / "hf", mesh, quantize="int8")
     with pytest.raises(DoesNotFitError, match=r"cache of 64 slots of 512 tokens, found 8\.39 MB"):
         model.engine(64, 512)
+    with pytest.raises(
+        DoesNotFitError, match=r"take fewer tokens .*, or --cache_dtype=int8 \(4\.3"
+    ):
+        model.engine(1, 4096)
     monkeypatch.setattr("bloomjax.source.read_params", lambda *_: pytest.fail("read"))
     with pytest.raises(DoesNotFitError) as caught:
         bloomjax.load(tmp_path / "hf", mesh, cache=CacheSize(8, 512))
     line = str(caught.value)
     assert "\n" not in line and "16.78 MB of cache" in line and "found 8.39 MB" in line
-    assert "int8" not in line  # the cache alone is too large
+    # The weights fit: what helps is a smaller cache, though not one in eight bits here.
+    assert line.endswith("fewer tokens (--max_new_tokens), or fewer prompts or beams at a time")
+    with pytest.raises(DoesNotFitError, match=r"or --cache_dtype=int8 \(.* MB\)$"):
+        bloomjax.load(tmp_path / "hf", mesh, quantize="int8", cache=CacheSize(1, 4096))
     monkeypatch.setattr(memory, "host", lambda: memory.Host(free, free - 3 * 2**20, None))
-    with pytest.raises(DoesNotFitError, match="take --quantize=int8 "):
+    with pytest.raises(DoesNotFitError, match=r"take --quantize=int8 .*, a smaller model"):
+        bloomjax.load(tmp_path / "hf", mesh)
+    monkeypatch.setattr(memory, "host", lambda: memory.Host(free, 2 * 2**20, None))
+    for quantize in ("none", "int8"):
+        with pytest.raises(DoesNotFitError, match="take --quantize=int4 "):
+            bloomjax.load(tmp_path / "hf", mesh, quantize=quantize)
+    monkeypatch.setattr(memory, "host", lambda: memory.Host(free, 2**20, None))
+    with pytest.raises(DoesNotFitError, match=r"found 1\.05 MB: take a smaller model"):
         bloomjax.load(tmp_path / "hf", mesh)
 
 

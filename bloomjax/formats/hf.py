@@ -16,7 +16,14 @@ import numpy as np
 from bloomjax.config import ModelConfig
 from bloomjax.errors import InputError
 from bloomjax.formats import safetensors, tensors
-from bloomjax.formats.hf_config import ORIGIN, as_json, read_config, read_context_length, side_files
+from bloomjax.formats.hf_config import (
+    ORIGIN,
+    as_json,
+    read_config,
+    read_context_length,
+    read_dtype,
+    side_files,
+)
 from bloomjax.formats.names import HEADS, TABLE, Row
 from bloomjax.formats.tensors import DTYPES, PARAMS, Progress, Stored
 from bloomjax.formats.torchfile import read_torch
@@ -33,46 +40,57 @@ _MAX_TOKENIZER = 200 << 20  # bytes of a file; BLOOM's has 14.5 MB
 _SLICE = 32 << 20  # bytes that are held at a time
 
 
-class HFReader:
-    """A folder as `save_pretrained` leaves it, opened. A `tensors.Reader`."""
+class HFPromise:
+    """A folder whose weights are still to come. A `tensors.Reader`, but for them: dtypes are what
+    config.json says."""
 
     format = "hf"
     progress: Progress | None = None  # there is no optimizer state
 
-    def __init__(self, folder: Path, origin: Mapping[str, Any] | None = None):
-        """`origin` is what else is known of where the folder came from. InputError if it does not
-        hold exactly one BLOOM."""
+    def __init__(self, folder: Path):
+        """InputError if it is not a BLOOM's."""
         self.folder = folder
         self.config = read_config(folder)
-        files = _weight_files(folder)
-        self._stored = _tensors(folder, files, self.config)
-        self._dtypes = {}
-        for row in TABLE:
-            found = {self._at(row, layer).dtype for layer in row.layers(self.config)}
-            self._dtypes[row.path] = found.pop() if len(found) == 1 else DTYPES["float32"]
-        before = member(folder, ORIGIN)
-        self.origin = {
-            "format": self.format,
-            "name": folder.absolute().name,
-            "files": {file.name: file.stat().st_size for file in files},
-            **(origin or {}),
-            **({"source": read_json(before)} if before else {}),
-        }
         self.context_length = read_context_length(folder)
-
-    def _at(self, row: Row, layer: int) -> Stored:
-        return self._stored[row.hf.format(layer)]
+        self._dtypes = dict.fromkeys((row.path for row in TABLE), read_dtype(folder))
+        self.origin: dict[str, Any] = {"format": self.format, "name": folder.absolute().name}
 
     def dtype(self, row: Row, kind: str = PARAMS) -> np.dtype:
-        """Of the file; float32 if the layers of `row` have several."""
+        """Of the weights; float32 if the layers of `row` have several."""
         return self._dtypes[row.path]
 
     def read(self, row: Row, layer: int, start: int, stop: int, kind: str = PARAMS) -> np.ndarray:
-        return self._at(row, layer).rows(start, stop).astype(self.dtype(row), copy=False)
+        raise InputError(f"{self.folder}: expected weights, found none yet: fetch them")
 
     def tokenizer(self) -> dict[str, bytes]:
         found = {name: member(self.folder, name) for name in TOKENIZER}
         return {name: read_bytes(path, _MAX_TOKENIZER) for name, path in found.items() if path}
+
+
+class HFReader(HFPromise):
+    """A folder as `save_pretrained` leaves it, opened. A `tensors.Reader`."""
+
+    def __init__(self, folder: Path, origin: Mapping[str, Any] | None = None):
+        """`origin` is what else is known of where the folder came from. InputError if it does not
+        hold exactly one BLOOM."""
+        super().__init__(folder)
+        files = _weight_files(folder)
+        self._stored = _tensors(folder, files, self.config)
+        for row in TABLE:
+            found = {self._at(row, layer).dtype for layer in row.layers(self.config)}
+            self._dtypes[row.path] = found.pop() if len(found) == 1 else DTYPES["float32"]
+        before = member(folder, ORIGIN)
+        self.origin |= {
+            "files": {file.name: file.stat().st_size for file in files},
+            **(origin or {}),
+            **({"source": read_json(before)} if before else {}),
+        }
+
+    def _at(self, row: Row, layer: int) -> Stored:
+        return self._stored[row.hf.format(layer)]
+
+    def read(self, row: Row, layer: int, start: int, stop: int, kind: str = PARAMS) -> np.ndarray:
+        return self._at(row, layer).rows(start, stop).astype(self.dtype(row), copy=False)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -95,6 +95,14 @@ def read_config(folder: Path) -> ModelConfig:
     return model
 
 
+def read_dtype(folder: Path) -> np.dtype:
+    """Of the weights, as the config.json of a folder has it; BLOOM's, of 16 bits, where it says
+    nothing."""
+    config = read_json(folder / "config.json")
+    name = config.get("torch_dtype") or config.get("dtype")
+    return tensors.DTYPES.get(str(name), tensors.DTYPES["float16"])
+
+
 def read_context_length(folder: Path) -> int:
     """`seq_length` of the config.json of a folder; that of BLOOM's training if it has none."""
     found = read_json(folder / "config.json").get("seq_length")

@@ -1,7 +1,7 @@
 """Models of the Hugging Face Hub: ORG/NAME or ORG/NAME@REVISION, through its cache.
 
-The invariant: sizes are known and said before anything is downloaded, only files that we read are,
-and the commit that a revision stood for is recorded.
+The invariant: sizes are known and said before anything is downloaded, weights come last, only files
+that we read are, and the commit that a revision stood for is recorded.
 """
 
 import errno
@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,14 +118,17 @@ def _cached(source: str, repository: str, revision: str) -> Remote:
     return Remote(repository, revision, folder.name, tuple(sizes), sum(sizes.values()), 0)
 
 
-def fetch(source: str) -> tuple[Path, dict[str, Any]]:
+def fetch(
+    source: str, before_weights: Callable[[Path], object] | None = None
+) -> tuple[Path, dict[str, Any]]:
     """The folder of a model, downloaded as far as the cache lacks it, and its origin. A line on
     stderr tells the sizes before.
 
-    Raises what `find` does, DoesNotFitError if the disk has no room, and InputError if the download
-    breaks off.
+    Where something is to be downloaded, `before_weights` is called with the folder once all but the
+    weights is in it, and may raise. Raises what `find` does, DoesNotFitError if the disk has no
+    room, and InputError if the download breaks off.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
     remote = find(source)
     print(remote, file=sys.stderr, flush=True)
@@ -134,21 +138,10 @@ def fetch(source: str) -> tuple[Path, dict[str, Any]]:
         raise DoesNotFitError(
             f"{remote}: found {free / 1e6:,.1f} MB free at {cache}: make room, or set HF_HUB_CACHE"
         )
-    try:
-        folder = Path(
-            snapshot_download(
-                remote.repository,
-                revision=remote.revision,
-                allow_patterns=list(remote.files),
-            )
-        )
-    except Exception as error:  # whatever its HTTP client raises
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise DoesNotFitError(f"{remote}: found no space left at {cache}") from error
-        raise InputError(
-            f"{remote}: expected to download it, found {type(error).__name__}: run again, what is "
-            "there already is kept"
-        ) from error
+    if before_weights and remote.missing:
+        side = [name for name in remote.files if not name.endswith((".safetensors", ".bin"))]
+        before_weights(_download(remote, side))
+    folder = _download(remote, list(remote.files))
     # The cache calls a large file by its sha256, as the Hub does, and links to it.
     links = {name: os.path.basename(os.path.realpath(folder / name)) for name in remote.files}
     return folder, {
@@ -158,3 +151,20 @@ def fetch(source: str) -> tuple[Path, dict[str, Any]]:
         "commit": folder.name,
         "files_sha256": {name: blob for name, blob in links.items() if len(blob) == 64},
     }
+
+
+def _download(remote: Remote, files: list[str]) -> Path:
+    """These files of a model, in the cache's folder for its commit."""
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        found = snapshot_download(remote.repository, revision=remote.revision, allow_patterns=files)
+    except Exception as error:  # whatever its HTTP client raises
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            place = constants.HF_HUB_CACHE
+            raise DoesNotFitError(f"{remote}: found no space left at {place}") from error
+        raise InputError(
+            f"{remote}: expected to download it, found {type(error).__name__}: run again, what is "
+            "there already is kept"
+        ) from error
+    return Path(found)

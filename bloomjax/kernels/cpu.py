@@ -3,7 +3,7 @@
 XLA:CPU reads weights in 8 or 16 bits at a fraction of the memory's speed, in every form that was
 tried. The compiler is the machine's own (CXX, or the first of c++, g++, clang++ that is there),
 and what it made stays in the user's cache. The invariant: nothing here is an error; without a
-compiler there is one line in the log, and no kernel.
+compiler, or a cache, there is one line in the log, and no kernel.
 
 Letters: see `bloomjax.kernels.packed`.
 """
@@ -24,6 +24,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from bloomjax.folders import cache_folder
 
 UNIT = 32  # inputs that cpu.cc takes at a time
 
@@ -60,6 +62,8 @@ def kernel() -> str:
         address = jax.ffi.pycapsule(library.BloomjaxMultiply)
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
+        if isinstance(said, bytes):  # of a compiler that was stopped, whatever mode it ran in
+            said = said.decode(errors="replace")
         reason = " ".join(said.split())[:300]
         _LOG.warning("products with packed weights on CPU fall back to XLA, slower: %s", reason)
         return ""
@@ -74,8 +78,9 @@ def _library(source: bytes) -> Path:
     """The shared library, compiled unless the cache has it. OSError or SubprocessError."""
     key = (source, *map(str.encode, (*_FLAGS, _processor(), importlib.metadata.version("jaxlib"))))
     digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "bloomjax" / "kernels" / f"{digest}.so"
+    if (cache := cache_folder()) is None:
+        raise FileNotFoundError("expected a home for the cache, found none: set XDG_CACHE_HOME")
+    path = cache / "kernels" / f"{digest}.so"
     if path.exists():
         return path
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
