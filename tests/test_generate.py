@@ -31,8 +31,8 @@ from bloomjax.formats.hf import HFWriter
 from bloomjax.formats.tensors import DTYPES
 
 CONFIG = model_config(vocab_size=320)
-FIELDS = ["prompt_ids", "token_ids", "text", "finish_reason", "logprob", "tokens_per_second"]
-FIELDS += ["seconds_to_first_token"]
+FIELDS = ["prompt_ids", "token_ids", "text", "finish_reason", "logprob", "logprobs"]
+FIELDS += ["tokens_per_second", "seconds_to_first_token"]
 Run = Callable[..., Ended]
 
 
