@@ -79,6 +79,7 @@ def uncached(tokens: Sequence[int]) -> np.ndarray:
         return np.asarray(logits_of_training(trained(), padded))[0, : len(tokens)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", MESHES)
 def test_greedy_tokens_and_their_logprobs_are_those_of_the_model_without_a_cache(
     devices: int,
@@ -94,6 +95,7 @@ def test_greedy_tokens_and_their_logprobs_are_those_of_the_model_without_a_cache
 tokens = st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=1, max_size=70)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", MESHES)
 @settings(max_examples=12, deadline=None)
 @given(prompts=st.lists(tokens, min_size=4, max_size=4), more=tokens)
@@ -137,6 +139,7 @@ def test_a_request_does_not_see_its_neighbours(requests: list[Request], devices:
         np.testing.assert_allclose(logprobs, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_in_steady_state() -> None:
     def requests(seed: int) -> Iterator[Request]:
         rng = np.random.default_rng(seed)
@@ -156,6 +159,7 @@ def test_nothing_is_compiled_in_steady_state() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_prompt_beyond_the_lengths_of_training() -> None:
     """ALiBi has no last position; chunks of 512 tokens, the last of them short."""
     prompt = np.random.default_rng(0).integers(0, 64, 2500).tolist()
@@ -175,6 +179,7 @@ def test_a_cache_in_eight_bits_is_nearly_the_same(devices: int) -> None:
     assert 0 < error < 0.02 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_a_request_that_ends_or_is_cancelled_makes_room() -> None:
     one = engine(slots=2)
     ((free, _),) = run(one, [Request(PROMPTS[1], 30, Sampling(1.0), 1)])

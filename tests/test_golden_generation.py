@@ -15,6 +15,7 @@ from bloomjax.decode.steps import CachedSteps
 from bloomjax.sharding import decode_mesh
 
 LENGTH = 32  # of prompt and answer together
+pytestmark = pytest.mark.slow
 
 
 @functools.cache

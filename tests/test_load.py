@@ -167,6 +167,7 @@ FOUR = """
 """
 
 
+@pytest.mark.slow
 def test_four_processes_read_each_tensor_once(tmp_path: Path) -> None:
     """On 4 x 2 devices; vectors, which all devices hold, are read by all."""
     source = hf_folder(tmp_path / "hf", CONFIG, "float16")
@@ -296,6 +297,7 @@ KEEP = """
 """
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
     theirs, home = tmp_path / "theirs", {"XDG_CACHE_HOME": str(tmp_path / "home")}
     for env, folder in (

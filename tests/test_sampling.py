@@ -155,6 +155,7 @@ def batch(seed: int, rows: int, V: int = 700) -> tuple[np.ndarray, np.ndarray, n
     return logits, tokens, random.randint(1, 17, rows).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_see_its_neighbours() -> None:
     """Nor the features that only they need: alone it is the same token."""
     logits, tokens, lengths = batch(2, len(ALL))
