@@ -80,7 +80,8 @@ def test_a_product_is_numpys(kind: str, way: str) -> None:
     def run(x_MI: jax.Array, packed: Packed) -> jax.Array:
         return multiply(x_MI, packed, jnp.float32)
 
-    for M in (1, 2, 3, 8, 9, 64) if way == "kernel" else (1, 8, 33):
+    # what shares a register, a turn, a tile, a batch of rows of the kernel, and one more
+    for M in (1, 2, 3, 4, 7, 16, 17, 24, 40, 145) if way == "kernel" else (1, 8, 33):
         x_MI = inputs(M)
         expected = exact(x_MI, packed)
         found = np.asarray(run(x_MI, packed))
@@ -98,13 +99,16 @@ def test_rows_that_do_not_fill_a_unit_or_a_block() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_others(kind: str) -> None:
-    """Bit by bit, whatever their number and its place among them, and whichever thread it met."""
+    """Bit by bit, whatever its place among them, and whichever thread it met; nor on their number,
+    as long as they are few (a step of decoding), or many (a chunk of a prompt)."""
     packed = weights(kind, (303, I))
-    x_MI = inputs(64)
-    whole = np.asarray(multiply(jnp.asarray(x_MI), packed, jnp.float32))
-    for start, stop in ((0, 1), (5, 6), (3, 5), (7, 10), (1, 9), (20, 51)):
-        part = multiply(jnp.asarray(x_MI[start:stop]), packed, jnp.float32)
-        np.testing.assert_array_equal(np.asarray(part), whole[start:stop])
+    few = [(0, 1), (5, 6), (3, 5), (7, 10), (1, 9), (3, 16)]
+    many = [(0, 17), (20, 51), (100, 145), (1, 146)]
+    for whole, parts in ((inputs(16), few), (inputs(300), many)):
+        expected = np.asarray(multiply(jnp.asarray(whole), packed, jnp.float32))
+        for start, stop in parts:
+            part = multiply(jnp.asarray(whole[start:stop]), packed, jnp.float32)
+            np.testing.assert_array_equal(np.asarray(part), expected[start:stop])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,10 +1,11 @@
 // y[M, J] = x[M, I] times the transpose of w[J, I], for w in as few bits as it has.
 //
-// M rows of x, J outputs, I inputs, G scales of a row of w. Every byte of w is read from memory
-// once, and becomes float32 in registers: for every four rows of x anew, since arithmetic is what
-// those take time for, and w is in the first cache by then. Outputs are split over XLA's own
-// threads. The invariant: a sum is kept in kLanes interleaved parts, in the same order whatever M
-// is, so that no row of y depends on how many others there are.
+// M rows of x, J outputs, I inputs, G scales of a row of w. Outputs are split over XLA's own
+// threads. Few rows of x: every byte of w is read from memory once, far ahead of its use, and
+// becomes float32 in registers, whose lanes are inputs; a sum is kept in kLanes interleaved parts,
+// in the same order whatever M is, so that a row of y is the same bit by bit for any other rows, up
+// to kFew of them. Many rows: some of w become float32 in the first cache, and the lanes are rows
+// of x. Either way a sum stays in a register while its inputs stay in a cache.
 
 #include <algorithm>
 #include <atomic>
@@ -32,8 +33,18 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 constexpr int64_t kUnit = 32;  // inputs that may share a scale; I divides by it
-constexpr int kRows = 6;       // of w at a time
-constexpr int64_t kTurns = 4;  // rows of x at a time: with three of w, 12 sums in 16 registers
+
+// Few rows of x: up to four, and three of w, at a time, which are 12 sums in 16 registers.
+constexpr int64_t kFew = 16, kTurns = 4;
+constexpr int64_t kNear = 2048;  // values of x that stay in the first cache, 8 KiB
+constexpr int64_t kDistance = 12288;  // bytes from what is read of w to what is fetched, or more
+
+// Many rows of x: a tile, and 12 rows of w, at a time. The first cache, half of which is often
+// another's, keeps a chunk of inputs of these, 12 KiB, and the second a panel of inputs of a batch.
+constexpr int64_t kTile = 3 * kLanes, kBatch = 6 * kTile;
+constexpr int kRows = 12;
+constexpr int64_t kChunk = 256, kPanel = 1024;
+constexpr int64_t kStride = kChunk + 16;  // of widened rows: were it a power of two, so would banks
 
 template <typename T>
 struct Of {
@@ -50,15 +61,15 @@ inline Vector<T> load(const void* from) {
   return v;
 }
 
-// a * b + c, rounded once where the processor can. Written out, since compilers contract at will.
-inline Floats multiply_add(Floats a, Floats b, Floats c) {
+// c += a * b, rounded once where the processor can. Written out, since compilers contract at will,
+// and on AVX2 as the instruction itself, since GCC would move sums between registers and memory.
+inline void multiply_add(Floats& c, Floats a, Floats b) {
 #ifdef BLOOMJAX_AVX2
-  return _mm256_fmadd_ps(a, b, c);
+  asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
 #elif defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA)
   for (int l = 0; l < kLanes; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
-  return c;
 #else
-  return a * b + c;
+  c += a * b;
 #endif
 }
 
@@ -124,88 +135,258 @@ inline Floats widened(const Pairs* w, float scale, int v) {
   return __builtin_convertvector((v < half ? bits & 15 : bits >> 4) - 8, Floats) * scale;
 }
 
-inline float sum_of(Floats lanes) {
-  float sums[kLanes];
-  store(sums, lanes);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
-  return sums[0];
+// The sum of a vector: halves are added until one value is left.
+inline float sum_of(Floats v) {
+#ifdef BLOOMJAX_AVX2
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
-// y[b * J + r] = x[b] . w[r], for R rows of w and B rows of x whose vectors take turns. What comes
-// kRows further is fetched if `ahead`. Loops are unrolled by name, lest the sums live in memory.
-template <int B, int R, bool ahead, typename W>
-inline void products(const W* w, const float* scales, int64_t G, const float* x, int64_t I,
-                     float* y, int64_t J) {
-  const int64_t stride = I / kPer<W>;
-  Floats acc[B][R] = {};
-  for (int64_t u = 0; u < I; u += kUnit, w += kUnit / kPer<W>, scales += G > 1) {
-    if (ahead)
-      for (int r = 0; r < R; ++r)
-        for (int64_t b = 0; b < kUnit / kPer<W> * sizeof(W); b += 64)
-          __builtin_prefetch((const char*)(w + (r + kRows) * stride) + b);
+// What will be read next, fetched in even steps while there is arithmetic to do.
+struct Ahead {
+  const char* at;
+  int64_t step;  // bytes for each unit of inputs
+  void fetch() {
+    int64_t byte = 0;
+    do __builtin_prefetch(at + byte);
+    while ((byte += 64) < step);
+    at += step;
+  }
+};
+
+// The two loops that all time goes into. Sums, and of x and w whichever are fewer, must live in
+// registers: hence loops unrolled by name, and functions apart from others' variables.
+
+// sums[b][r] += x[b] . w[r] for some inputs of R rows of w and of B rows of x, whose vectors take
+// turns.
+template <int B, int R, typename W>
+__attribute__((noinline)) void dot(const W* w, int64_t stride, const float* scales, int64_t G,
+                                   const float* x, int64_t inputs, Ahead& ahead,
+                                   Floats (*sums)[R]) {
+  Floats acc[B][R];
+#pragma GCC unroll 4
+  for (int b = 0; b < B; ++b)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[b][r] = sums[b][r];
+  for (int64_t i = 0; i < inputs; i += kUnit, w += kUnit / kPer<W>, scales += G > 1) {
+    ahead.fetch();
 #pragma GCC unroll 8
     for (int v = 0; v < kUnit; v += kLanes, x += B * kLanes) {
-      Floats wide[R];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) wide[r] = widened(w + r * stride, scales[r * G], v);
+      if constexpr (B < R) {
+        Floats in[B];
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) {
-        const Floats in = load<float>(x + b * kLanes);
+        for (int b = 0; b < B; ++b) in[b] = load<float>(x + b * kLanes);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[b][r] = multiply_add(wide[r], in, acc[b][r]);
+        for (int r = 0; r < R; ++r) {
+          const Floats wide = widened(w + r * stride, scales[r * G], v);
+#pragma GCC unroll 4
+          for (int b = 0; b < B; ++b) multiply_add(acc[b][r], wide, in[b]);
+        }
+      } else {
+        Floats wide[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) wide[r] = widened(w + r * stride, scales[r * G], v);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+          const Floats in = load<float>(x + b * kLanes);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) multiply_add(acc[b][r], wide[r], in);
+        }
       }
     }
   }
 #pragma GCC unroll 4
   for (int b = 0; b < B; ++b)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) y[b * J + r] = sum_of(acc[b][r]);
+    for (int r = 0; r < R; ++r) sums[b][r] = acc[b][r];
+}
+
+// A vector of one value; without a zero taken away, which is nothing, GCC has no word for it.
+inline Floats every(float value) { return value - Floats{}; }
+
+// What will be read next of some rows of w, in steps of `unit` bytes; if that is 0, nothing.
+struct Rows {
+  const char* at;
+  int64_t stride, unit;
+};
+
+// sums[r][v] += wide[r] . x[v] for some inputs of R widened rows of w and V vectors of rows of x.
+template <int V, int R>
+__attribute__((noinline)) void outer(const float* wide, const float* x, int64_t inputs, Rows next,
+                  Floats (*sums)[kBatch / kLanes]) {
+  Floats acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = sums[r][v];
+  for (int64_t u = 0; u < inputs; u += kUnit, next.at += next.unit) {
+    for (int r = 0; r < R && next.unit; ++r)
+      for (int64_t byte = 0; byte < next.unit; byte += 64)
+        __builtin_prefetch(next.at + r * next.stride + byte);
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kUnit; ++i, ++wide, x += V * kLanes) {
+      Floats in[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) in[v] = load<float>(x + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Floats weight = every(wide[r * kStride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) multiply_add(acc[r][v], weight, in[v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[r][v] = acc[r][v];
 }
 
 template <typename W>
 struct Product {
-  const float* x;  // kTurns rows at a time, their vectors taking turns, and what is left likewise
+  const float* x;  // as `arrange` leaves it
   const W* w;
   const float* scales;  // [J, G]; of floats, whose G is 0, one that is not used
   float* y;
   int64_t M, J, I, G;
 
+  static constexpr int64_t bytes(int64_t inputs) { return inputs / kPer<W> * sizeof(W); }
+  const W* at(int64_t j, int64_t i) const { return w + (j * I + i) / kPer<W>; }
+  const float* scale(int64_t j, int64_t i) const {
+    return scales + j * G + (G > 1 ? i / kUnit : 0);
+  }
+
   void rows(int64_t begin, int64_t end) const {
+    if (M > kFew) return many(begin, end);
     int64_t j = begin;
-    for (; j + kRows <= end; j += kRows) block<kRows>(j);
-    for (; j < end; ++j) block<1>(j);
+    if (M <= 2)
+      for (; j + 6 <= end; j += 6) few<6>(j);
+    for (; j + 3 <= end; j += 3) few<3>(j);
+    for (; j < end; ++j) few<1>(j);
   }
 
+  // R rows of w with few rows of x. What takes long to widen is widened once for all turns.
   template <int R>
-  void block(int64_t j) const {
-    int64_t m = 0;
-    for (; m + kTurns <= M; m += kTurns) turn<kTurns, R>(m, j);
-    if (M - m == 3) turn<3, R>(m, j);
-    if (M - m == 2) turn<2, R>(m, j);
-    if (M - m == 1) turn<1, R>(m, j);
+  void few(int64_t j) const {
+    alignas(64) Floats sums[kFew][R];
+    alignas(64) float wide[R * kStride];
+    for (int64_t m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[m][r] = Floats{};
+    Ahead ahead{(const char*)at(j, 0) + std::max(R * bytes(I), kDistance),
+                R * bytes(kUnit) / ((M + kTurns - 1) / kTurns)};
+    const bool once = kScaled<W> && M > kTurns;
+    const int64_t part = std::min(kNear / M / kUnit * kUnit, kChunk);
+    for (int64_t i = 0; i < I; i += part) {
+      const int64_t inputs = std::min(part, I - i);
+      if (once) widen(j, R, i, inputs, wide);
+      for (int64_t m = 0; m < M; m += kTurns) {
+        const auto add = [&](auto turns) {
+          constexpr int B = decltype(turns)::value;
+          const float* in = x + m * I + B * i;
+          if (once)
+            dot<B, R>(wide, kStride, scales, 0, in, inputs, ahead, sums + m);
+          else
+            dot<B, R>(at(j, i), I / kPer<W>, scale(j, i), G, in, inputs, ahead, sums + m);
+        };
+        if (M - m > 3) add(std::integral_constant<int, 4>());
+        if (M - m == 3) add(std::integral_constant<int, 3>());
+        if (M - m == 2) add(std::integral_constant<int, 2>());
+        if (M - m == 1) add(std::integral_constant<int, 1>());
+      }
+    }
+    for (int64_t m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) y[m * J + j + r] = sum_of(sums[m][r]);
   }
 
-  template <int B, int R>
-  void turn(int64_t m, int64_t j) const {
-    constexpr int some = B > 2 && R == kRows ? kRows / 2 : R;
-    for (int r = 0; r < R; r += some) {
-      const int64_t row = j + r;
-      const W* from = w + row * (I / kPer<W>);
-      if (m == 0)
-        products<B, some, true>(from, scales + row * G, G, x + m * I, I, y + m * J + row, J);
-      else
-        products<B, some, false>(from, scales + row * G, G, x + m * I, I, y + m * J + row, J);
-    }
+  void many(int64_t begin, int64_t end) const {
+    constexpr int64_t vectors = kTile / kLanes, across = kBatch / kLanes;
+    alignas(64) float wide[kRows * kStride] = {};
+    alignas(64) Floats sums[kRows][across];
+    for (int64_t panel = 0; panel < I; panel += kPanel)
+      for (int64_t m = 0; m < M; m += kBatch)
+        for (int64_t j = begin; j < end; j += kRows) {
+          const int64_t rows = std::min<int64_t>(end - j, kRows), batch = std::min(M - m, kBatch);
+          std::memset(sums, 0, sizeof sums);
+          for (int64_t i = panel; i < std::min(panel + kPanel, I); i += kChunk) {
+            const int64_t inputs = std::min(kChunk, I - i);
+            widen(j, rows, i, inputs, wide);
+            for (int64_t t = 0; t < batch; t += kTile) {
+              const int64_t V = std::min((batch - t + kLanes - 1) / kLanes, vectors);
+              const float* in = x + (m + t) * I + V * kLanes * i;
+              for (int64_t r = 0; r < kRows; r += kRows / V) {
+                const float* from = wide + r * kStride;
+                const int64_t unit = m + t ? 0 : bytes(kUnit);
+                const Rows next{(const char*)at(j + kRows + r, i), bytes(I), unit};
+                const auto to = (Floats(*)[across])(sums[r] + t / kLanes);
+                if (V == 3) outer<3, kRows / 3>(from, in, inputs, next, to);
+                if (V == 2) outer<2, kRows / 2>(from, in, inputs, next, to);
+                if (V == 1) outer<1, kRows>(from, in, inputs, next, to);
+              }
+            }
+          }
+          put((const float*)sums, rows, batch, y + m * J + j, panel > 0);
+        }
+  }
+
+  // Some inputs of some rows of w, as float32.
+  void widen(int64_t j, int64_t rows, int64_t i, int64_t inputs, float* wide) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < inputs; k += kUnit)
+#pragma GCC unroll 8
+        for (int v = 0; v < kUnit; v += kLanes)
+          store(wide + r * kStride + k + v, widened(at(j + r, i + k), *scale(j + r, i + k), v));
+  }
+
+  // Sums of [rows, batch] to y, transposed; `more`, if y holds those of other inputs.
+  void put(const float* sums, int64_t rows, int64_t batch, float* y, bool more) const {
+    for (int64_t b = 0; b < batch; b += 4)
+      for (int64_t r = 0; r < rows; r += 4) {
+#ifdef BLOOMJAX_AVX2
+        if (b + 4 <= batch && r + 4 <= rows) {
+          const float* from = sums + r * kBatch + b;
+          __m128 part[4] = {_mm_load_ps(from), _mm_load_ps(from + kBatch),
+                            _mm_load_ps(from + 2 * kBatch), _mm_load_ps(from + 3 * kBatch)};
+          _MM_TRANSPOSE4_PS(part[0], part[1], part[2], part[3]);
+          for (int k = 0; k < 4; ++k) {
+            float* to = y + (b + k) * J + r;
+            _mm_storeu_ps(to, more ? _mm_add_ps(_mm_loadu_ps(to), part[k]) : part[k]);
+          }
+          continue;
+        }
+#endif
+        for (int64_t k = b; k < std::min(b + 4, batch); ++k)
+          for (int64_t l = r; l < std::min(r + 4, rows); ++l) {
+            const float sum = sums[l * kBatch + k];
+            y[k * J + l] = more ? y[k * J + l] + sum : sum;
+          }
+      }
   }
 };
 
-// Rows [begin, end) of x as `Product` reads them; both divide by kTurns, or `end` is M.
-void in_turns(const float* x, int64_t begin, int64_t end, int64_t I, float* to) {
-  for (int64_t m = begin; m < end; m += kTurns)
-    for (int64_t i = 0, turns = std::min(end - m, kTurns); i < I; i += kLanes)
-      for (int64_t t = 0; t < turns; ++t)
-        store(to + m * I + turns * i + t * kLanes, load<float>(x + (m + t) * I + i));
+// Rows [begin, end) of x as `Product` reads them; both divide by `tile`, or `end` is M. The values
+// of a tile's rows lie side by side: with few rows for each vector of inputs; with many for each
+// input, up to a whole vector, filled with zeros.
+void arrange(const float* x, int64_t begin, int64_t end, int64_t I, int64_t tile, float* to) {
+  const int64_t side = tile == kTurns ? kLanes : 1;
+  for (int64_t m = begin; m < end; m += tile) {
+    const int64_t rows = std::min(end - m, tile);
+    const int64_t width = side > 1 ? rows : (rows + kLanes - 1) / kLanes * kLanes;
+    for (int64_t part = 0; part < I; part += kChunk)
+      for (int64_t r = 0; r < width; ++r) {
+        const float* from = x + (m + r) * I;
+        float* into = to + m * I + r * side;
+        for (int64_t i = part; i < std::min(part + kChunk, I); i += side)
+          if (side > 1)
+            store(into + i * width, load<float>(from + i));
+          else
+            into[i * width] = r < rows ? from[i] : 0;
+      }
+  }
 }
 
 // Calls `work(begin, end)` for pieces of [0, n), on the caller's thread and the pool's. Pieces are
@@ -237,13 +418,15 @@ ffi::Error run(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi:
       (kScaled<W> && (scales.dimensions()[0] != J || (G != 1 && G != I / kUnit))))
     return ffi::Error::InvalidArgument("bloomjax: x, weights, scales and result do not agree");
   const float* rows = x.typed_data();
-  std::vector<float> turns(M > 1 ? M * I : 0);
+  thread_local std::vector<float> arranged;  // kept: fresh pages would cost more than the copy
   if (M > 1) {
-    in_pieces(pool, M, kTurns * std::max<int64_t>(65536 / I, 1),
-              [rows, I, to = turns.data()](int64_t begin, int64_t end) {
-                in_turns(rows, begin, end, I, to);
+    const int64_t tile = M > kFew ? kTile : kTurns;
+    arranged.resize(std::max<size_t>(arranged.size(), (M + kLanes) * I));
+    in_pieces(pool, M, tile * std::max<int64_t>(65536 / (I * tile), 1),
+              [rows, I, tile, to = arranged.data()](int64_t begin, int64_t end) {
+                arrange(rows, begin, end, I, tile, to);
               });
-    rows = turns.data();
+    rows = arranged.data();
   }
   const Product<W> product{rows, (const W*)w.untyped_data(), scales.typed_data(), y.typed_data(),
                            M,    J, I, G};

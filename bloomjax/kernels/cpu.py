@@ -41,7 +41,8 @@ _REGISTERED: set[str] = set()  # XLA takes a name once; what it calls is the sam
 def multiply(x_MI: jax.Array, values: jax.Array, scales: jax.Array | None) -> jax.Array | None:
     """x times the transposed weights of a `Packed` -> float32 [M, J], or None for want of a kernel.
 
-    x is float32. A row of the result does not depend on the other rows, bit by bit.
+    x is float32. A row of the result does not depend on the other rows, bit by bit; on their number
+    it does only by whether there are more than 16.
     """
     if x_MI.shape[1] % UNIT or not (target := kernel()):
         return None

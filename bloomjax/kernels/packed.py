@@ -1,8 +1,8 @@
 """A weight as decoding reads it: a matrix with a row for each output, in as few bits as it has.
 
-Letters: M rows of x, J outputs, I inputs, G groups of I. The invariant: for few rows of x,
-`multiply` reads the bytes that are stored, and writes no widened weight to memory (on CPU without
-the kernel: a tile that stays in a cache).
+Letters: M rows of x, J outputs, I inputs, G groups of I. The invariant: for few rows of x, and on
+CPU for any, `multiply` reads the bytes that are stored, and writes no widened weight to memory (but
+a tile that stays in a cache).
 """
 
 import dataclasses
@@ -15,9 +15,7 @@ from bloomjax.sharding import on_cpu
 
 GROUP = 32  # inputs that share a scale in four bits, as in GGUF's Q4_0
 _ROWS, _FEW = 16, 64  # rows of x: that share one read of weights in groups; that are read for so
-# Weights that XLA:CPU widens at a time: for few rows of x a MiB of float32, which stays in a cache;
-# for many, whose product takes far longer than the widening, 64 MiB.
-_TILE, _LARGE_TILE = 2**18, 2**24
+_TILE = 2**18  # weights that XLA:CPU widens at a time: a MiB of float32, which stays in a cache
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +69,7 @@ def multiply(x_MI: jax.Array, packed: Packed, dtype: jnp.dtype) -> jax.Array:
     values, scales = packed.values, packed.scales
     if on_cpu():
         x_MI = x_MI.astype(jnp.float32)
-        # Beyond some rows XLA's product in float32 is the faster, by up to two times.
-        y_MJ = cpu.multiply(x_MI, values, scales) if len(x_MI) <= _FEW else None
+        y_MJ = cpu.multiply(x_MI, values, scales)
         y_MJ = _in_tiles(x_MI, values, scales) if y_MJ is None else y_MJ
     elif scales is not None and scales.shape[1] == 1:
         w_JI = values.astype(x_MI.dtype)
@@ -124,8 +121,7 @@ def _in_tiles(x_MI: jax.Array, values: jax.Array, scales: jax.Array | None) -> j
         return jnp.einsum("MI,JI->MJ", x_MI, w_JI)
 
     J = values.shape[0]
-    tile = _TILE if len(x_MI) <= _FEW else _LARGE_TILE
-    rows = max(tile // x_MI.shape[1], 1)
+    rows = max(_TILE // x_MI.shape[1], 1)
     if values.dtype == jnp.float32 or rows >= J:
         return some(0, J)
     tiles, rest = divmod(J, rows)
