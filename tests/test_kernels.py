@@ -139,6 +139,53 @@ def test_shapes_that_do_not_agree_are_refused() -> None:
         jax.block_until_ready(cpu.multiply(x, w[:, :64].astype(jnp.int16), s))
 
 
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("anchored", [False, True])
+def test_attention_over_a_cache_is_numpys(kind: str, anchored: bool) -> None:
+    """ALiBi may count from the query, or from place 0. What is not filled is not read."""
+    B, N, S, H = 5, 3, 40, 24
+    positions_B = np.array([0, 1, 17, 39, 38], np.int32)
+    origins_B = positions_B * (not anchored)
+    filled = np.arange(S) <= positions_B[:, None, None]
+    q_BNH = random.standard_normal((B, N, H), np.float32)
+    slopes_N = np.array([0.5, 0.25, 0.1], np.float32)
+
+    def cache() -> tuple[jax.Array, jax.Array | None, np.ndarray]:
+        if kind == "int8":
+            values = random.integers(-127, 128, (B, N, S, H)).astype(np.int8)
+            scales = np.where(filled, random.uniform(0.01, 0.03, (B, N, S)), np.nan)
+            scales = scales.astype(np.float32)
+            return jnp.asarray(values), jnp.asarray(scales), values * scales[..., None]
+        floats = np.where(filled[..., None], random.standard_normal((B, N, S, H)), np.nan)
+        values = jnp.asarray(floats, jnp.float32).astype(kind)
+        return values, None, np.asarray(values, np.float64)
+
+    (keys, key_scales, k_BNSH), (values, value_scales, v_BNSH) = cache(), cache()
+    scores = np.einsum("BNH,BNSH->BNS", q_BNH, k_BNSH) / np.sqrt(H)
+    scores += slopes_N[:, None] * (np.arange(S) - origins_B[:, None])[:, None]
+    probs = np.where(
+        filled, np.exp(scores - np.where(filled, scores, -np.inf).max(-1)[..., None]), 0
+    )
+    expected = np.einsum("BNS,BNSH->BNH", probs, np.nan_to_num(v_BNSH)) / probs.sum(-1)[..., None]
+
+    found = jax.jit(cpu.attend)(
+        q_BNH, (keys, key_scales), (values, value_scales), positions_B, origins_B, slopes_N
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_caches_that_do_not_agree_are_refused() -> None:
+    q, held = jnp.ones((2, 3, 8)), (jnp.ones((2, 3, 4, 8)), None)
+    places, slopes = jnp.zeros(2, jnp.int32), jnp.ones(3)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not agree"):
+        jax.block_until_ready(cpu.attend(q[:1], held, held, places, places, slopes))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not agree"):
+        jax.block_until_ready(cpu.attend(q, held, held, places, places, slopes[:2]))
+    small = jax.tree.map(lambda x: x.astype(jnp.int8), held)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not agree"):  # for want of scales
+        jax.block_until_ready(cpu.attend(q, small, small, places, places, slopes))
+
+
 # What weights become ------------------------------------------------------------------------------
 
 

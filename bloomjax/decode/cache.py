@@ -18,9 +18,10 @@ from flax import nnx
 
 from bloomjax.attention import slopes_here
 from bloomjax.config import ModelConfig
+from bloomjax.kernels import cpu
 from bloomjax.kernels.packed import precision
 from bloomjax.model import Block, compute_dtype
-from bloomjax.sharding import act, offset_of, on_devices, split_of, sum_over
+from bloomjax.sharding import act, offset_of, on_cpu, on_devices, split_of, sum_over
 
 # Of a chunk, those that look at as many places.
 _QUERIES = 128
@@ -153,9 +154,15 @@ def _one_token(
     """On a device: its slots and heads, one query each."""
     keys = _write_each(keys, k_B1NH[:, 0], positions_B)
     values = _write_each(values, v_B1NH[:, 0], positions_B)
-    q_BNTH = q_B1NH[:, 0, :, None]
-    out_BNTH = _attend(q_BNTH, keys, values, positions_B[:, None], round_alibi)
-    return out_BNTH[:, None, :, 0], keys, values
+    q_BNH, out_BNH = q_B1NH[:, 0], None
+    if on_cpu():
+        origins_B = jnp.zeros_like(positions_B) if round_alibi else positions_B
+        slopes_N = slopes_here(q_BNH.shape[1], round_alibi)[:, 0, 0]
+        out_BNH = cpu.attend(q_BNH, keys, values, positions_B, origins_B, slopes_N)
+    if out_BNH is None:
+        out = _attend(q_BNH[:, :, None], keys, values, positions_B[:, None], round_alibi)
+        out_BNH = out[:, :, 0]
+    return out_BNH[:, None], keys, values
 
 
 def _chunk(
@@ -257,10 +264,6 @@ def _write_each(held: Held, new_BNH: jax.Array, positions_B: jax.Array) -> Held:
         return jax.lax.dynamic_update_index_in_dim(slot, new, position, 1)
 
     def write_all(whole: jax.Array, new: jax.Array) -> jax.Array:
-        if len(whole) == 1:
-            # As a scatter of one, XLA:CPU writes twice, for the loop and for the products, and
-            # copies the whole for it (see `programs.decode` as well).
-            return write(whole[0], new[0], positions_B[0])[None]
         return jax.vmap(write)(whole, new, positions_B)
 
     return jax.tree.map(write_all, held, _quantised(new_BNH, held))

@@ -142,22 +142,12 @@ def decode(
     """
     bloom = model.bind(config, params, unrolled=True)
 
-    # A cache of one slot goes round the loop without the leading 1: with it XLA:CPU writes every
-    # token twice, for the loop and for the products, and copies the whole cache for that.
-    alone = len(ready_B) == 1
-
-    def inside(cache: Cache) -> Cache:
-        return jax.tree.map(lambda x: x[None], cache) if alone else cache
-
-    def outside(cache: Cache) -> Cache:
-        return jax.tree.map(lambda x: x[0], cache) if alone else cache
-
     def one(carry: tuple[State, jax.Array], _: None) -> Any:
         state, running_B = carry
         tokens_BS, lengths_B, settings = state.tokens_BS, state.lengths_B, state.settings
         last_B = jnp.maximum(lengths_B - 1, 0)
         here_B = jax.vmap(lambda tokens_S, i: tokens_S[i])(tokens_BS, last_B)
-        logits_BV, cache = advance(bloom, inside(state.cache), here_B, last_B)
+        logits_BV, cache = advance(bloom, state.cache, here_B, last_B)
         if logits_fn is not None:
             logits_BV = logits_fn(logits_BV, tokens_BS, lengths_B)
         chosen = choose(logits_BV, tokens_BS, lengths_B, settings, features)
@@ -168,12 +158,11 @@ def decode(
         tokens_BS = at.set(written_B, mode="drop", unique_indices=True)
         lengths_B += wrote_B
         running_B = wrote_B & (lengths_B < state.limits_B)
-        state = State(outside(cache), tokens_BS, lengths_B, state.limits_B, settings)
+        state = State(cache, tokens_BS, lengths_B, state.limits_B, settings)
         return (state, running_B), (next_B, logprob_B, wrote_B)
 
     layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state.cache)
-    state = state._replace(cache=outside(state.cache))
     (state, running_B), found_KB = jax.lax.scan(one, (state, ready_B), length=K)
     # In the layout it came in: another would be another program the next time.
-    cache = jax.tree.map(jax.reshard, inside(state.cache), layouts)
+    cache = jax.tree.map(jax.reshard, state.cache, layouts)
     return state._replace(cache=cache), (*found_KB, running_B)

@@ -1,14 +1,19 @@
-// y[M, J] = x[M, I] times the transpose of w[J, I], for w in as few bits as it has.
+// What decoding does on CPU: products with packed weights, and attention over a cache.
 //
-// M rows of x, J outputs, I inputs, G scales of a row of w. Outputs are split over XLA's own
-// threads. Few rows of x: every byte of w is read from memory once, far ahead of its use, and
-// becomes float32 in registers, whose lanes are inputs; a sum is kept in kLanes interleaved parts,
-// in the same order whatever M is, so that a row of y is the same bit by bit for any other rows, up
-// to kFew of them. Many rows: some of w become float32 in the first cache, and the lanes are rows
-// of x. Either way a sum stays in a register while its inputs stay in a cache.
+// y[M, J] = x[M, I] times the transpose of w[J, I], for w in as few bits as it has; M rows of x, J
+// outputs, I inputs, G scales of a row of w. Outputs are split over XLA's own threads. Few rows of
+// x: every byte of w is read from memory once, fetched far ahead of its use, and becomes float32 in
+// registers, whose lanes are inputs; a sum is kept in kLanes interleaved parts, in the same order
+// whatever M is, so that a row of y is the same bit by bit for any other rows, up to kFew of them.
+// Many rows: some of w become float32 in the first cache, and the lanes are rows of x. Either way a
+// sum stays in a register while its inputs stay in a cache.
+//
+// Attention of one query for each of B slots and N heads reads of keys and values [B, N, S, H] what
+// is filled, once.
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -438,6 +443,80 @@ ffi::Error run(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi:
   return ffi::Error::Success();
 }
 
+// For one query: slot b and head n of `pair` b * N + n.
+template <typename W>
+struct Attention {
+  const float* q;
+  const W *keys, *values;
+  const float *key_scales, *value_scales;  // [B, N, S]; of floats, ones that are not used
+  const int32_t *positions, *origins;      // [B]: of the query, and from where ALiBi counts
+  const float* slopes;                     // [N]
+  float* out;
+  int64_t B, N, S, H;
+
+  void operator()(int64_t pair) const {
+    thread_local std::vector<float> scores;
+    thread_local std::vector<Floats> sums;
+    const int64_t b = pair / N, seen = std::clamp<int64_t>(positions[b] + 1, 1, S);
+    scores.resize(std::max<size_t>(scores.size(), seen));
+    sums.assign(H / kLanes, Floats{});
+    const float* mine = q + pair * H;
+    float most = -INFINITY;
+    for (int64_t s = 0; s < seen; ++s) {
+      const W* key = keys + (pair * S + s) * H;
+      Floats sum{};
+      for (int64_t h = 0; h < H; h += kLanes)
+        multiply_add(sum, widened(key + h, 1, 0), load<float>(mine + h));
+      float score = sum_of(sum);
+      if (kScaled<W>) score *= key_scales[pair * S + s];
+      score = score / std::sqrt((float)H) + slopes[pair % N] * (float)(s - origins[b]);
+      most = std::max(most, scores[s] = score);
+    }
+    float total = 0;
+    for (int64_t s = 0; s < seen; ++s) total += scores[s] = std::exp(scores[s] - most);
+    for (int64_t s = 0; s < seen; ++s) {
+      const W* value = values + (pair * S + s) * H;
+      const Floats share = every(kScaled<W> ? scores[s] * value_scales[pair * S + s] : scores[s]);
+      for (int64_t h = 0; h < H; h += kLanes)
+        multiply_add(sums[h / kLanes], widened(value + h, 1, 0), share);
+    }
+    for (int64_t h = 0; h < H; h += kLanes) store(out + pair * H + h, sums[h / kLanes] / total);
+  }
+};
+
+template <typename W>
+ffi::Error look(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& q, const ffi::AnyBuffer& keys,
+                const ffi::Buffer<ffi::F32>& key_scales, const ffi::AnyBuffer& values,
+                const ffi::Buffer<ffi::F32>& value_scales, const ffi::Buffer<ffi::S32>& positions,
+                const ffi::Buffer<ffi::S32>& origins, const ffi::Buffer<ffi::F32>& slopes,
+                ffi::Buffer<ffi::F32>& out) {
+  const auto sizes = keys.dimensions();
+  const int64_t B = sizes[0], N = sizes[1], S = sizes[2], H = sizes[3];
+  const auto count = [](const auto& buffer) { return (int64_t)buffer.element_count(); };
+  if (H % kLanes || count(values) != B * N * S * H || values.element_type() != keys.element_type() ||
+      count(q) != B * N * H || count(out) != B * N * H || count(slopes) != N ||
+      count(positions) != B || count(origins) != B ||
+      (kScaled<W> && (count(key_scales) != B * N * S || count(value_scales) != B * N * S)))
+    return ffi::Error::InvalidArgument("bloomjax: query, cache and result do not agree");
+  const Attention<W> attention{q.typed_data(),
+                               (const W*)keys.untyped_data(),
+                               (const W*)values.untyped_data(),
+                               key_scales.typed_data(),
+                               value_scales.typed_data(),
+                               positions.typed_data(),
+                               origins.typed_data(),
+                               slopes.typed_data(),
+                               out.typed_data(),
+                               B,
+                               N,
+                               S,
+                               H};
+  in_pieces(pool, B * N, 1, [attention](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) attention(pair);
+  });
+  return ffi::Error::Success();
+}
+
 ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
                     ffi::Buffer<ffi::F32> scales, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   if (x.dimensions().size() != 2 || w.dimensions().size() != 2 || scales.dimensions().size() != 2 ||
@@ -453,6 +532,26 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffe
   }
 }
 
+ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys,
+                  ffi::Buffer<ffi::F32> key_scales, ffi::AnyBuffer values,
+                  ffi::Buffer<ffi::F32> value_scales, ffi::Buffer<ffi::S32> positions,
+                  ffi::Buffer<ffi::S32> origins, ffi::Buffer<ffi::F32> slopes,
+                  ffi::Result<ffi::Buffer<ffi::F32>> out) {
+  if (keys.dimensions().size() != 4)
+    return ffi::Error::InvalidArgument("bloomjax: expected a cache of four dimensions");
+  const auto run = [&](auto kind) {
+    return look<decltype(kind)>(pool, q, keys, key_scales, values, value_scales, positions, origins,
+                                slopes, *out);
+  };
+  switch (keys.element_type()) {
+    case ffi::F32: return run(float());
+    case ffi::F16: return run(Float16());
+    case ffi::BF16: return run(Bfloat16());
+    case ffi::S8: return run(int8_t());
+    default: return ffi::Error::InvalidArgument("bloomjax: no kernel for a cache of this type");
+  }
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(BloomjaxMultiply, multiply,
@@ -460,5 +559,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BloomjaxMultiply, multiply,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BloomjaxAttend, attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

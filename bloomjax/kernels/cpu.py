@@ -1,9 +1,10 @@
-"""The product with packed weights on CPU: cpu.cc, compiled for this machine where it first runs.
+"""Decoding's own kernels on CPU: cpu.cc, compiled for this machine where it first runs.
 
 XLA:CPU reads weights in 8 or 16 bits at a fraction of the memory's speed, in every form that was
-tried. The compiler is the machine's own (CXX, or the first of c++, g++, clang++ that is there),
-and what it made stays in the user's cache. The invariant: nothing here is an error; without a
-compiler, or a cache, there is one line in the log, and no kernel.
+tried; and a cache whole, whatever of it is filled. The compiler is the machine's own (CXX, or the
+first of c++, g++, clang++ that is there), and what it made stays in the user's cache. The
+invariant: nothing here is an error; without a compiler, or a cache, there is one line in the log,
+and no kernel.
 
 Letters: see `bloomjax.kernels.packed`.
 """
@@ -36,6 +37,7 @@ _PATIENCE = 120  # seconds that the compiler, which takes some ten, may take
 
 
 _REGISTERED: set[str] = set()  # XLA takes a name once; what it calls is the same in any library
+_LANES = 8  # that divide H: what cpu.cc has at most in a vector
 
 
 def multiply(x_MI: jax.Array, values: jax.Array, scales: jax.Array | None) -> jax.Array | None:
@@ -44,35 +46,61 @@ def multiply(x_MI: jax.Array, values: jax.Array, scales: jax.Array | None) -> ja
     x is float32. A row of the result does not depend on the other rows, bit by bit; on their number
     it does only by whether there are more than 16.
     """
-    if x_MI.shape[1] % UNIT or not (target := kernel()):
+    if x_MI.shape[1] % UNIT or not (digest := kernel()):
         return None
     scales = jnp.ones((1, 1), jnp.float32) if scales is None else scales
     result = jax.ShapeDtypeStruct((x_MI.shape[0], values.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(target, result)(x_MI, values, scales)
+    return jax.ffi.ffi_call(f"bloomjax_multiply_{digest}", result)(x_MI, values, scales)
+
+
+def attend(
+    q_BNH: jax.Array,
+    keys: tuple[jax.Array, jax.Array | None],
+    values: tuple[jax.Array, jax.Array | None],
+    positions_B: jax.Array,
+    origins_B: jax.Array,
+    slopes_N: jax.Array,
+) -> jax.Array | None:
+    """Attention of one query for each slot and head -> float32 [B, N, H], or None for want of a
+    kernel.
+
+    q is float32, positions and origins int32. `keys` and `values` are [B, N, S, H], float or int8
+    with scales float32 [B, N, S]; of these the places up to and with a slot's position are read.
+    Place s is lowered by its head's slope times its distance from the slot's origin.
+    """
+    if q_BNH.dtype != jnp.float32 or q_BNH.shape[-1] % _LANES or not (digest := kernel()):
+        return None
+    none = jnp.ones((1,), jnp.float32)
+    parts = [none if part is None else part for part in (*keys, *values)]
+    result = jax.ShapeDtypeStruct(q_BNH.shape, jnp.float32)
+    call = jax.ffi.ffi_call(f"bloomjax_attend_{digest}", result)
+    return call(q_BNH, *parts, positions_B, origins_B, slopes_N)
 
 
 @functools.cache
 def kernel() -> str:
-    """The name under which XLA knows the kernel; "" if it cannot be had here.
+    """What ends the names under which XLA knows the kernels; "" if they cannot be had here.
 
-    The first call on a machine compiles it, which takes seconds.
+    The first call on a machine compiles them, which takes seconds.
     """
     source = importlib.resources.files(__package__).joinpath("cpu.cc").read_bytes()
     try:
         library = ctypes.CDLL(str(_library(source)))
-        address = jax.ffi.pycapsule(library.BloomjaxMultiply)
+        made = {"multiply": library.BloomjaxMultiply, "attend": library.BloomjaxAttend}
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         if isinstance(said, bytes):  # of a compiler that was stopped, whatever mode it ran in
             said = said.decode(errors="replace")
         reason = " ".join(said.split())[:300]
-        _LOG.warning("products with packed weights on CPU fall back to XLA, slower: %s", reason)
+        _LOG.warning("decoding on CPU falls back to XLA's own kernels, slower: %s", reason)
         return ""
-    name = f"bloomjax_multiply_{hashlib.sha256(source).hexdigest()[:8]}"
-    if name not in _REGISTERED:
-        jax.ffi.register_ffi_target(name, address, platform="cpu")
-        _REGISTERED.add(name)
-    return name
+    digest = hashlib.sha256(source).hexdigest()[:8]
+    if digest not in _REGISTERED:
+        for name, function in made.items():
+            capsule = jax.ffi.pycapsule(function)
+            jax.ffi.register_ffi_target(f"bloomjax_{name}_{digest}", capsule, platform="cpu")
+        _REGISTERED.add(digest)
+    return digest
 
 
 def _library(source: bytes) -> Path:
@@ -89,7 +117,7 @@ def _library(source: bytes) -> Path:
     if compiler is None:
         raise FileNotFoundError("expected a C++ compiler, found none: install g++ or clang++")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _LOG.info("compiling the product with packed weights for this machine, once")
+    _LOG.info("compiling the kernels of decoding for this machine, once")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # processes may race to here
         code, made = Path(folder) / "cpu.cc", Path(folder) / "cpu.so"
         code.write_bytes(source)
