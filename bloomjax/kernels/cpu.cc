@@ -41,7 +41,7 @@ constexpr int64_t kUnit = 32;  // inputs that may share a scale; I divides by it
 
 // Few rows of x: up to four, and three of w, at a time, which are 12 sums in 16 registers.
 constexpr int64_t kFew = 16, kTurns = 4;
-constexpr int64_t kNear = 2048;  // values of x that stay in the first cache, 8 KiB
+constexpr int64_t kNear = 4096;  // values of x that stay in the first cache, 16 KiB
 constexpr int64_t kDistance = 12288;  // bytes from what is read of w to what is fetched, or more
 
 // Many rows of x: a tile, and 12 rows of w, at a time. The first cache, half of which is often
@@ -285,7 +285,7 @@ struct Product {
     Ahead ahead{(const char*)at(j, 0) + std::max(R * bytes(I), kDistance),
                 R * bytes(kUnit) / ((M + kTurns - 1) / kTurns)};
     const bool once = kScaled<W> && M > kTurns;
-    const int64_t part = std::min(kNear / M / kUnit * kUnit, kChunk);
+    const int64_t part = std::min(kNear / M / kUnit * kUnit, once ? kChunk : I);
     for (int64_t i = 0; i < I; i += part) {
       const int64_t inputs = std::min(part, I - i);
       if (once) widen(j, R, i, inputs, wide);
