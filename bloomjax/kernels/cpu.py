@@ -33,7 +33,7 @@ UNIT = 32  # inputs that cpu.cc takes at a time
 _LOG = logging.getLogger("bloomjax")
 _NATIVE = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
 _FLAGS = ("-std=c++17", "-O3", f"{_NATIVE}=native", "-ffp-contract=off", "-fPIC", "-shared", "-w")
-_PATIENCE = 120  # seconds that the compiler, which takes some ten, may take
+_PATIENCE = 120  # seconds that the compiler, which takes some fifteen, may take
 
 
 _REGISTERED: set[str] = set()  # XLA takes a name once; what it calls is the same in any library
