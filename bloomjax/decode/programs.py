@@ -52,7 +52,7 @@ def tokens_per_dispatch(config: ModelConfig) -> int:
     """K: enough that the host is not waited for, few enough that text flows and slots refill."""
     if not on_cpu():
         return 16
-    return 2 if config.parameter_count > 1e8 else 8
+    return max(1, min(8, int(2.4e9 / config.parameter_count)))  # in about a third of a second
 
 
 def empty_state(config: ModelConfig, slots: int, length: int, cache_dtype: str) -> State:

@@ -58,7 +58,7 @@ class Sampling(NamedTuple):
 
 
 GREEDY = Sampling()
-GROUP = 512  # ids that a draw takes together: about the root of BLOOM's vocabulary
+GROUP = 512  # ids that are taken together: about the root of BLOOM's vocabulary
 
 
 def check(sampling: Sampling, max_new_tokens: int | None = None) -> None:
@@ -146,18 +146,45 @@ def choose(
         logits_BV: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array, settings: Settings
     ) -> tuple[jax.Array, jax.Array]:
         scores_BV = processed(logits_BV, tokens_BS, lengths_B, settings, features)
-        next_B = jnp.argmax(scores_BV, -1)
+        next_B = _likeliest(scores_BV)
         if features.draws:
             kept_BV = filtered(scores_BV, settings, features)
             drawn_B = jax.vmap(_draw)(kept_BV, settings.seeds_B, lengths_B)
             next_B = jnp.where(settings.temperature_B > 0, drawn_B, next_B)
         next_B = next_B.astype(jnp.int32)
         chosen_B = jnp.take_along_axis(logits_BV, next_B[:, None], 1)[:, 0]
-        return next_B, chosen_B - jax.nn.logsumexp(logits_BV, -1)
+        return next_B, chosen_B - _total(logits_BV)
 
     layouts = act("B3"), act("B3"), act("B"), act("B")
     run = on_devices(rows, layouts, (act("B"), act("B")))
     return run(logits_BV, tokens_BS, lengths_B, settings)
+
+
+# XLA:CPU finds a largest one by one, and adds up a row on one thread: groups first take a tenth of
+# the time, and half.
+
+
+def _likeliest(scores_BV: jax.Array) -> jax.Array:
+    """jnp.argmax along rows."""
+    if not on_cpu():
+        return jnp.argmax(scores_BV, -1)
+    groups_BGV = _in_groups(scores_BV)
+    group_B = jnp.argmax(groups_BGV.max(-1), -1)
+    return group_B * GROUP + jnp.argmax(jax.vmap(operator.getitem)(groups_BGV, group_B), -1)
+
+
+def _total(logits_BV: jax.Array) -> jax.Array:
+    """logsumexp along rows."""
+    if not on_cpu():
+        return jax.nn.logsumexp(logits_BV, -1)
+    return jax.nn.logsumexp(jax.nn.logsumexp(_in_groups(logits_BV), -1), -1)
+
+
+def _in_groups(x_BV: jax.Array) -> jax.Array:
+    """[B, V / GROUP, GROUP], the last filled up with -inf."""
+    padding = (0, 0), (0, -x_BV.shape[1] % GROUP)
+    padded_BV = jnp.pad(x_BV, padding, constant_values=-jnp.inf)
+    return padded_BV.reshape(len(x_BV), -1, GROUP)
 
 
 def _draw(logits_V: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
@@ -165,8 +192,7 @@ def _draw(logits_V: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Arra
     those of the group, each the largest after Gumbel noise; so other roundings of the logits hardly
     ever give another id. That takes 1,000 random numbers instead of 250,880, which on CPU cost as
     much as 10 ms."""
-    padding = (0, -logits_V.size % GROUP)
-    groups_GV = jnp.pad(logits_V, padding, constant_values=-jnp.inf).reshape(-1, GROUP)
+    groups_GV = _in_groups(logits_V[None])[0]
     G = len(groups_GV)
     key = jax.random.fold_in(jax.random.key(seed), position)
     noise = jax.random.gumbel(key, (G + GROUP,))

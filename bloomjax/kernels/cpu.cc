@@ -3,8 +3,8 @@
 // y[M, J] = x[M, I] times the transpose of w[J, I], for w in as few bits as it has; M rows of x, J
 // outputs, I inputs, G scales of a row of w. Outputs are split over XLA's own threads. Few rows of
 // x: every byte of w is read from memory once, fetched far ahead of its use, and becomes float32 in
-// registers, whose lanes are inputs; a sum is kept in kLanes interleaved parts, in the same order
-// whatever M is, so that a row of y is the same bit by bit for any other rows, up to kFew of them.
+// registers, whose lanes are inputs; sums are taken in the same order whatever M is, so that a row
+// of y is the same bit by bit for any other rows, up to kFew of them.
 // Many rows: some of w become float32 in the first cache, and the lanes are rows of x. Either way a
 // sum stays in a register while its inputs stay in a cache.
 //
@@ -39,9 +39,9 @@ constexpr int kLanes = 4;
 #endif
 constexpr int64_t kUnit = 32;  // inputs that may share a scale; I divides by it
 
-// Few rows of x: up to four, and three of w, at a time, which are 12 sums in 16 registers.
-constexpr int64_t kFew = 16, kTurns = 4;
-constexpr int64_t kNear = 4096;  // values of x that stay in the first cache, 16 KiB
+// Few rows of x: up to four, and three of w, at a time, which are 12 sums in 16 registers; then, by
+// turns, the next four with the same part of w, which is in the first cache by then.
+constexpr int64_t kFew = 16, kTurn = 4, kPart = 1024;
 constexpr int64_t kDistance = 12288;  // bytes from what is read of w to what is fetched, or more
 
 // Many rows of x: a tile, and 12 rows of w, at a time. The first cache, half of which is often
@@ -49,7 +49,8 @@ constexpr int64_t kDistance = 12288;  // bytes from what is read of w to what is
 constexpr int64_t kTile = 3 * kLanes, kBatch = 6 * kTile;
 constexpr int kRows = 12;
 constexpr int64_t kChunk = 256, kPanel = 1024;
-constexpr int64_t kStride = kChunk + 16;  // of widened rows: were it a power of two, so would banks
+
+constexpr int64_t kPad = 16;  // after a widened row: were they a power of two apart, so would banks
 
 template <typename T>
 struct Of {
@@ -78,6 +79,15 @@ inline void multiply_add(Floats& c, Floats a, Floats b) {
 #endif
 }
 
+// On AVX2 the instruction itself, since GCC would gather those of a loop in one place.
+inline void fetch(const char* line) {
+#ifdef BLOOMJAX_AVX2
+  asm volatile("prefetcht0 %0" : : "m"(*line));
+#else
+  __builtin_prefetch(line);
+#endif
+}
+
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
 // Kinds of weights. `kPer` values an element; in Pairs, of four bits, byte k of 16 holds the values
@@ -91,6 +101,9 @@ struct Bfloat16 {
 };
 struct Pairs {
   uint8_t bits;
+};
+struct Wholes {  // int8 with one scale for all of a row, which multiplies its sums
+  int8_t bits;
 };
 template <typename W>
 constexpr int64_t kPer = std::is_same_v<W, Pairs> ? 2 : 1;
@@ -130,6 +143,10 @@ inline Floats widened(const Float16* w, float, int v) {
 #endif
 }
 
+inline Floats widened(const Wholes* w, float, int v) {
+  return __builtin_convertvector(ints(&w[v].bits), Floats);
+}
+
 inline Floats widened(const int8_t* w, float scale, int v) {
   return __builtin_convertvector(ints(w + v), Floats) * scale;
 }
@@ -140,74 +157,57 @@ inline Floats widened(const Pairs* w, float scale, int v) {
   return __builtin_convertvector((v < half ? bits & 15 : bits >> 4) - 8, Floats) * scale;
 }
 
-// The sum of a vector: halves are added until one value is left.
-inline float sum_of(Floats v) {
+// The sums of four vectors: halves are added until one value is left.
+inline void sum_four(const Floats* v, float* to) {
 #ifdef BLOOMJAX_AVX2
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  const auto halved = [](__m256 a, __m256 b) {
+    return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  };
+  const __m256 a = halved(v[0], v[1]), b = halved(v[2], v[3]);
+  const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 #else
-  return (v[0] + v[2]) + (v[1] + v[3]);
+  for (int k = 0; k < 4; ++k) to[k] = (v[k][0] + v[k][2]) + (v[k][1] + v[k][3]);
 #endif
 }
-
-// What will be read next, fetched in even steps while there is arithmetic to do.
-struct Ahead {
-  const char* at;
-  int64_t step;  // bytes for each unit of inputs
-  void fetch() {
-    int64_t byte = 0;
-    do __builtin_prefetch(at + byte);
-    while ((byte += 64) < step);
-    at += step;
-  }
-};
 
 // The two loops that all time goes into. Sums, and of x and w whichever are fewer, must live in
 // registers: hence loops unrolled by name, and functions apart from others' variables.
 
-// sums[b][r] += x[b] . w[r] for some inputs of R rows of w and of B rows of x, whose vectors take
-// turns.
-template <int B, int R, typename W>
+// to[r * B + b] = x[b] . w[r] for some inputs of R rows of w and of B rows of x, whose vectors take
+// turns. Meanwhile `next` is fetched, in even steps: kLines lines of 64 bytes for each unit.
+template <int B, int R, int kLines, typename W>
 __attribute__((noinline)) void dot(const W* w, int64_t stride, const float* scales, int64_t G,
-                                   const float* x, int64_t inputs, Ahead& ahead,
-                                   Floats (*sums)[R]) {
-  Floats acc[B][R];
+                                   const float* x, int64_t inputs, const char* next, int64_t step,
+                                   float* to) {
+  constexpr int kSums = (B * R + 3) / 4 * 4, kVectors = kUnit / kLanes;
+  Floats acc[kSums] = {};
+  const W* rows[R];
 #pragma GCC unroll 4
-  for (int b = 0; b < B; ++b)
+  for (int r = 0; r < R; ++r) rows[r] = w + r * stride;
+  for (int64_t i = 0; i < inputs; i += kUnit, next += step, scales += G > 1)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[b][r] = sums[b][r];
-  for (int64_t i = 0; i < inputs; i += kUnit, w += kUnit / kPer<W>, scales += G > 1) {
-    ahead.fetch();
-#pragma GCC unroll 8
-    for (int v = 0; v < kUnit; v += kLanes, x += B * kLanes) {
-      if constexpr (B < R) {
-        Floats in[B];
+    for (int v = 0; v < kVectors; ++v, x += B * kLanes) {
+#pragma GCC unroll 32
+      for (int line = 0; line < kLines; ++line)
+        if (line * kVectors / kLines == v) fetch(next + line * 64);
+      const auto in = [&](int b) { return load<float>(x + b * kLanes); };
+      const auto wide = [&](int r) {
+        return widened(rows[r] + i / kPer<W>, scales[r * G], v * kLanes);
+      };
+      Floats few[std::min(B, R)];
 #pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) in[b] = load<float>(x + b * kLanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const Floats wide = widened(w + r * stride, scales[r * G], v);
+      for (int k = 0; k < std::min(B, R); ++k) few[k] = B < R ? in(k) : wide(k);
 #pragma GCC unroll 4
-          for (int b = 0; b < B; ++b) multiply_add(acc[b][r], wide, in[b]);
-        }
-      } else {
-        Floats wide[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) wide[r] = widened(w + r * stride, scales[r * G], v);
+      for (int k = 0; k < std::max(B, R); ++k) {
+        const Floats one = B < R ? wide(k) : in(k);
 #pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) {
-          const Floats in = load<float>(x + b * kLanes);
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) multiply_add(acc[b][r], wide[r], in);
-        }
+        for (int l = 0; l < std::min(B, R); ++l)
+          multiply_add(acc[B < R ? k * B + l : l * B + k], one, few[l]);
       }
     }
-  }
 #pragma GCC unroll 4
-  for (int b = 0; b < B; ++b)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[b][r] = acc[b][r];
+  for (int k = 0; k < kSums; k += 4) sum_four(acc + k, to + k);
 }
 
 // A vector of one value; without a zero taken away, which is nothing, GCC has no word for it.
@@ -239,7 +239,7 @@ __attribute__((noinline)) void outer(const float* wide, const float* x, int64_t 
       for (int v = 0; v < V; ++v) in[v] = load<float>(x + v * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Floats weight = every(wide[r * kStride]);
+        const Floats weight = every(wide[r * (kChunk + kPad)]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) multiply_add(acc[r][v], weight, in[v]);
       }
@@ -255,7 +255,7 @@ template <typename W>
 struct Product {
   const float* x;  // as `arrange` leaves it
   const W* w;
-  const float* scales;  // [J, G]; of floats, whose G is 0, one that is not used
+  const float* scales;  // [J, G]; of Wholes [J], whose G is 0, as of floats, which have none
   float* y;
   int64_t M, J, I, G;
 
@@ -265,51 +265,57 @@ struct Product {
     return scales + j * G + (G > 1 ? i / kUnit : 0);
   }
 
+  // What sums of a row are multiplied by.
+  float factor(int64_t j) const { return std::is_same_v<W, Wholes> ? scales[j] : 1; }
+
   void rows(int64_t begin, int64_t end) const {
     if (M > kFew) return many(begin, end);
     int64_t j = begin;
     if (M <= 2)
-      for (; j + 6 <= end; j += 6) few<6>(j);
-    for (; j + 3 <= end; j += 3) few<3>(j);
-    for (; j < end; ++j) few<1>(j);
+      for (; j + 4 <= end; j += 4) few<4, false>(j);
+    for (; j + 3 <= end; j += 3) M > kTurn ? few<3, true>(j) : few<3, false>(j);
+    for (; j < end; ++j) M > kTurn ? few<1, true>(j) : few<1, false>(j);
   }
 
-  // R rows of w with few rows of x. What takes long to widen is widened once for all turns.
-  template <int R>
+  // R rows of w with few rows of x, in one turn or more. What takes long to widen is widened once
+  // for all turns.
+  template <int R, bool kMore>
   void few(int64_t j) const {
-    alignas(64) Floats sums[kFew][R];
-    alignas(64) float wide[R * kStride];
-    for (int64_t m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[m][r] = Floats{};
-    Ahead ahead{(const char*)at(j, 0) + std::max(R * bytes(I), kDistance),
-                R * bytes(kUnit) / ((M + kTurns - 1) / kTurns)};
-    const bool once = kScaled<W> && M > kTurns;
-    const int64_t part = std::min(kNear / M / kUnit * kUnit, once ? kChunk : I);
-    for (int64_t i = 0; i < I; i += part) {
-      const int64_t inputs = std::min(part, I - i);
-      if (once) widen(j, R, i, inputs, wide);
-      for (int64_t m = 0; m < M; m += kTurns) {
-        const auto add = [&](auto turns) {
-          constexpr int B = decltype(turns)::value;
+    constexpr int kLines = (R * bytes(kUnit) / (kMore ? 2 : 1) + 63) / 64;
+    constexpr bool kOnce = kScaled<W> && kMore;
+    constexpr int64_t kStride = kPart + kPad;
+    alignas(64) float wide[kOnce ? R * kStride : 1];
+    const char* next = (const char*)at(j, 0) + std::max(R * bytes(I), kDistance);
+    const int64_t step = R * bytes(kUnit) / ((M + kTurn - 1) / kTurn);  // of a turn
+    for (int64_t i = 0; i < I; i += kPart) {
+      const int64_t inputs = std::min(kPart, I - i);
+      if (kOnce) widen(j, R, i, inputs, wide, kStride);
+      for (int64_t m = 0; m < M; m += kTurn) {
+        const auto turn = [&](auto rows) {
+          constexpr int B = decltype(rows)::value;
           const float* in = x + m * I + B * i;
-          if (once)
-            dot<B, R>(wide, kStride, scales, 0, in, inputs, ahead, sums + m);
+          float sums[4 * R];
+          if constexpr (kOnce)
+            dot<B, R, kLines>(wide, kStride, scales, 0, in, inputs, next, step, sums);
           else
-            dot<B, R>(at(j, i), I / kPer<W>, scale(j, i), G, in, inputs, ahead, sums + m);
+            dot<B, R, kLines>(at(j, i), I / kPer<W>, scale(j, i), G, in, inputs, next, step, sums);
+          next += inputs / kUnit * step;
+          for (int b = 0; b < B; ++b)
+            for (int r = 0; r < R; ++r) {
+              float& to = y[(m + b) * J + j + r];
+              to = (i ? to : 0) + sums[r * B + b] * factor(j + r);
+            }
         };
-        if (M - m > 3) add(std::integral_constant<int, 4>());
-        if (M - m == 3) add(std::integral_constant<int, 3>());
-        if (M - m == 2) add(std::integral_constant<int, 2>());
-        if (M - m == 1) add(std::integral_constant<int, 1>());
+        if (M - m > 3) turn(std::integral_constant<int, 4>());
+        if (M - m == 3) turn(std::integral_constant<int, 3>());
+        if (M - m == 2) turn(std::integral_constant<int, 2>());
+        if (M - m == 1) turn(std::integral_constant<int, 1>());
       }
     }
-    for (int64_t m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) y[m * J + j + r] = sum_of(sums[m][r]);
   }
 
   void many(int64_t begin, int64_t end) const {
-    constexpr int64_t vectors = kTile / kLanes, across = kBatch / kLanes;
+    constexpr int64_t kStride = kChunk + kPad, vectors = kTile / kLanes, across = kBatch / kLanes;
     alignas(64) float wide[kRows * kStride] = {};
     alignas(64) Floats sums[kRows][across];
     for (int64_t panel = 0; panel < I; panel += kPanel)
@@ -319,7 +325,7 @@ struct Product {
           std::memset(sums, 0, sizeof sums);
           for (int64_t i = panel; i < std::min(panel + kPanel, I); i += kChunk) {
             const int64_t inputs = std::min(kChunk, I - i);
-            widen(j, rows, i, inputs, wide);
+            widen(j, rows, i, inputs, wide, kStride);
             for (int64_t t = 0; t < batch; t += kTile) {
               const int64_t V = std::min((batch - t + kLanes - 1) / kLanes, vectors);
               const float* in = x + (m + t) * I + V * kLanes * i;
@@ -334,17 +340,20 @@ struct Product {
               }
             }
           }
+          for (int64_t r = 0; r < rows; ++r)
+            for (Floats& sum : sums[r]) sum *= factor(j + r);
           put((const float*)sums, rows, batch, y + m * J + j, panel > 0);
         }
   }
 
   // Some inputs of some rows of w, as float32.
-  void widen(int64_t j, int64_t rows, int64_t i, int64_t inputs, float* wide) const {
+  void widen(int64_t j, int64_t rows, int64_t i, int64_t inputs, float* wide,
+             int64_t stride) const {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t k = 0; k < inputs; k += kUnit)
 #pragma GCC unroll 8
         for (int v = 0; v < kUnit; v += kLanes)
-          store(wide + r * kStride + k + v, widened(at(j + r, i + k), *scale(j + r, i + k), v));
+          store(wide + r * stride + k + v, widened(at(j + r, i + k), *scale(j + r, i + k), v));
   }
 
   // Sums of [rows, batch] to y, transposed; `more`, if y holds those of other inputs.
@@ -377,7 +386,7 @@ struct Product {
 // of a tile's rows lie side by side: with few rows for each vector of inputs; with many for each
 // input, up to a whole vector, filled with zeros.
 void arrange(const float* x, int64_t begin, int64_t end, int64_t I, int64_t tile, float* to) {
-  const int64_t side = tile == kTurns ? kLanes : 1;
+  const int64_t side = tile == kTurn ? kLanes : 1;
   for (int64_t m = begin; m < end; m += tile) {
     const int64_t rows = std::min(end - m, tile);
     const int64_t width = side > 1 ? rows : (rows + kLanes - 1) / kLanes * kLanes;
@@ -394,38 +403,45 @@ void arrange(const float* x, int64_t begin, int64_t end, int64_t I, int64_t tile
   }
 }
 
-// Calls `work(begin, end)` for pieces of [0, n), on the caller's thread and the pool's. Pieces are
-// taken in turn, so that the caller never waits for a thread that has not begun.
+// Calls `work(begin, end)` for pieces of [0, n), on the caller's thread and the pool's. A thread
+// takes half of its share of what is left, in whole `units`: the caller never waits for a thread
+// that has not begun, nor long for one that has.
 template <typename F>
-void in_pieces(ffi::ThreadPool& pool, int64_t n, int64_t piece, F work) {
+void in_pieces(ffi::ThreadPool& pool, int64_t n, int64_t unit, F work) {
   struct Shared {
     std::atomic<int64_t> taken{0}, done{0};
   };
   auto shared = std::make_shared<Shared>();
-  const int64_t pieces = (n + piece - 1) / piece;
+  const int64_t threads = std::min(std::max<int64_t>(pool.num_threads(), 1), (n + unit - 1) / unit);
   std::function<void()> help = [=] {
-    for (int64_t p; (p = shared->taken++) < pieces; ++shared->done)
-      work(p * piece, std::min(n, (p + 1) * piece));
+    for (int64_t begin = shared->taken; begin < n;) {
+      const int64_t part = (n - begin) / (2 * threads) / unit * unit;
+      const int64_t end = std::min(begin + std::max(part, unit), n);
+      if (!shared->taken.compare_exchange_weak(begin, end)) continue;
+      work(begin, end);
+      shared->done += end - begin;
+      begin = shared->taken;
+    }
   };
-  const int64_t helpers = std::min(pool.num_threads(), pieces) - 1;
-  for (int64_t h = 0; h < helpers; ++h) pool.Schedule(std::function<void()>(help));
+  for (int64_t h = 1; h < threads; ++h) pool.Schedule(std::function<void()>(help));
   help();
-  while (shared->done < pieces) std::this_thread::yield();
+  while (shared->done < n) std::this_thread::yield();
 }
 
 template <typename W>
 ffi::Error run(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi::AnyBuffer& w,
                const ffi::Buffer<ffi::F32>& scales, ffi::Buffer<ffi::F32>& y) {
   const int64_t M = x.dimensions()[0], I = x.dimensions()[1];
-  const int64_t J = w.dimensions()[0], G = kScaled<W> ? scales.dimensions()[1] : 0;
+  const int64_t J = w.dimensions()[0], G = kScaled<W> ? I / kUnit : 0;
   if (I % kUnit || w.dimensions()[1] * kPer<W> != I || y.dimensions()[0] != M ||
       y.dimensions()[1] != J || scales.element_count() == 0 ||
-      (kScaled<W> && (scales.dimensions()[0] != J || (G != 1 && G != I / kUnit))))
+      (sizeof(W) == 1 &&
+       (scales.dimensions()[0] != J || scales.dimensions()[1] != std::max<int64_t>(G, 1))))
     return ffi::Error::InvalidArgument("bloomjax: x, weights, scales and result do not agree");
   const float* rows = x.typed_data();
   thread_local std::vector<float> arranged;  // kept: fresh pages would cost more than the copy
   if (M > 1) {
-    const int64_t tile = M > kFew ? kTile : kTurns;
+    const int64_t tile = M > kFew ? kTile : kTurn;
     arranged.resize(std::max<size_t>(arranged.size(), (M + kLanes) * I));
     in_pieces(pool, M, tile * std::max<int64_t>(65536 / (I * tile), 1),
               [rows, I, tile, to = arranged.data()](int64_t begin, int64_t end) {
@@ -435,10 +451,8 @@ ffi::Error run(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi:
   }
   const Product<W> product{rows, (const W*)w.untyped_data(), scales.typed_data(), y.typed_data(),
                            M,    J, I, G};
-  const int64_t parts = 4 * std::max<int64_t>(pool.num_threads(), 1);
   const int64_t least = 65536 / (I * M) + 1;  // rows that are worth a thread's waking
-  const int64_t piece = std::max((J + parts - 1) / parts, least);
-  in_pieces(pool, J, (piece + kRows - 1) / kRows * kRows,
+  in_pieces(pool, J, (least + kRows - 1) / kRows * kRows,
             [product](int64_t begin, int64_t end) { product.rows(begin, end); });
   return ffi::Error::Success();
 }
@@ -456,31 +470,53 @@ struct Attention {
 
   void operator()(int64_t pair) const {
     thread_local std::vector<float> scores;
-    thread_local std::vector<Floats> sums;
-    const int64_t b = pair / N, seen = std::clamp<int64_t>(positions[b] + 1, 1, S);
+    const int64_t b = pair / N, first = pair * S;
+    const int64_t seen = std::clamp<int64_t>(positions[b] + 1, 1, S);
     scores.resize(std::max<size_t>(scores.size(), seen));
-    sums.assign(H / kLanes, Floats{});
-    const float* mine = q + pair * H;
+    const float root = std::sqrt((float)H), slope = slopes[pair % N];
     float most = -INFINITY;
-    for (int64_t s = 0; s < seen; ++s) {
-      const W* key = keys + (pair * S + s) * H;
-      Floats sum{};
-      for (int64_t h = 0; h < H; h += kLanes)
-        multiply_add(sum, widened(key + h, 1, 0), load<float>(mine + h));
-      float score = sum_of(sum);
-      if (kScaled<W>) score *= key_scales[pair * S + s];
-      score = score / std::sqrt((float)H) + slopes[pair % N] * (float)(s - origins[b]);
-      most = std::max(most, scores[s] = score);
+    for (int64_t s = 0; s < seen; s += 4) {
+      float four[4];
+      along(first, s, seen, q + pair * H, four);
+      for (int64_t k = s; k < std::min(s + 4, seen); ++k) {
+        const float score = kScaled<W> ? four[k - s] * key_scales[first + k] : four[k - s];
+        scores[k] = score / root + slope * (float)(k - origins[b]);
+        most = std::max(most, scores[k]);
+      }
     }
     float total = 0;
     for (int64_t s = 0; s < seen; ++s) total += scores[s] = std::exp(scores[s] - most);
-    for (int64_t s = 0; s < seen; ++s) {
-      const W* value = values + (pair * S + s) * H;
-      const Floats share = every(kScaled<W> ? scores[s] * value_scales[pair * S + s] : scores[s]);
+    for (int64_t s = 0; s < seen; ++s)
+      scores[s] *= (kScaled<W> ? value_scales[first + s] : 1) / total;
+    int64_t h = 0;
+    for (; h + 8 * kLanes <= H; h += 8 * kLanes) mixed<8>(scores.data(), seen, pair, h);
+    for (; h < H; h += kLanes) mixed<1>(scores.data(), seen, pair, h);
+  }
+
+  // A query with four keys from place s on, or with those that there are.
+  void along(int64_t first, int64_t s, int64_t seen, const float* query, float* to) const {
+    Floats sums[4] = {};
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const W* key = keys + (first + std::min(s + k, seen - 1)) * H;
       for (int64_t h = 0; h < H; h += kLanes)
-        multiply_add(sums[h / kLanes], widened(value + h, 1, 0), share);
+        multiply_add(sums[k], widened(key + h, 1, 0), load<float>(query + h));
     }
-    for (int64_t h = 0; h < H; h += kLanes) store(out + pair * H + h, sums[h / kLanes] / total);
+    sum_four(sums, to);
+  }
+
+  // V vectors of the output, from h on.
+  template <int V>
+  void mixed(const float* shares, int64_t seen, int64_t pair, int64_t h) const {
+    Floats sums[V] = {};
+    const W* value = values + pair * S * H + h;
+    for (int64_t s = 0; s < seen; ++s, value += H) {
+      const Floats share = every(shares[s]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) multiply_add(sums[v], widened(value + v * kLanes, 1, 0), share);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(out + pair * H + h + v * kLanes, sums[v]);
   }
 };
 
@@ -526,7 +562,9 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffe
     case ffi::F32: return run<float>(pool, x, w, scales, *y);
     case ffi::F16: return run<Float16>(pool, x, w, scales, *y);
     case ffi::BF16: return run<Bfloat16>(pool, x, w, scales, *y);
-    case ffi::S8: return run<int8_t>(pool, x, w, scales, *y);
+    case ffi::S8:
+      return scales.dimensions()[1] == 1 ? run<Wholes>(pool, x, w, scales, *y)
+                                         : run<int8_t>(pool, x, w, scales, *y);
     case ffi::U8: return run<Pairs>(pool, x, w, scales, *y);
     default: return ffi::Error::InvalidArgument("bloomjax: no kernel for weights of this type");
   }
