@@ -439,15 +439,18 @@ ffi::Error run(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi:
        (scales.dimensions()[0] != J || scales.dimensions()[1] != std::max<int64_t>(G, 1))))
     return ffi::Error::InvalidArgument("bloomjax: x, weights, scales and result do not agree");
   const float* rows = x.typed_data();
-  thread_local std::vector<float> arranged;  // kept: fresh pages would cost more than the copy
+  struct alignas(64) Line {
+    float values[16];
+  };
+  thread_local std::vector<Line> arranged;  // kept: fresh pages would cost more than the copy
   if (M > 1) {
     const int64_t tile = M > kFew ? kTile : kTurn;
-    arranged.resize(std::max<size_t>(arranged.size(), (M + kLanes) * I));
+    arranged.resize(std::max<size_t>(arranged.size(), (M + kLanes) * I / 16));
     in_pieces(pool, M, tile * std::max<int64_t>(65536 / (I * tile), 1),
-              [rows, I, tile, to = arranged.data()](int64_t begin, int64_t end) {
+              [rows, I, tile, to = arranged.data()->values](int64_t begin, int64_t end) {
                 arrange(rows, begin, end, I, tile, to);
               });
-    rows = arranged.data();
+    rows = arranged.data()->values;
   }
   const Product<W> product{rows, (const W*)w.untyped_data(), scales.typed_data(), y.typed_data(),
                            M,    J, I, G};
