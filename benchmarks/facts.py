@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import platform
-import resource
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -26,8 +25,9 @@ def machine(*packages: str) -> dict[str, Any]:
 
 
 def peak_memory() -> float:
-    """GiB: the most that this process has had resident (Linux counts ru_maxrss in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """GiB: the most that this process has had resident. (Linux's ru_maxrss may be its parent's.)"""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def keep(name: str, result: dict[str, Any]) -> None:

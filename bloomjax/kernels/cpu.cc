@@ -454,7 +454,8 @@ ffi::Error run(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi:
   }
   const Product<W> product{rows, (const W*)w.untyped_data(), scales.typed_data(), y.typed_data(),
                            M,    J, I, G};
-  const int64_t least = 65536 / (I * M) + 1;  // rows that are worth a thread's waking
+  // Rows that are worth a thread's waking, or, of many, reading all of x.
+  const int64_t least = M > kFew ? 4 * kRows : 65536 / (I * M) + 1;
   in_pieces(pool, J, (least + kRows - 1) / kRows * kRows,
             [product](int64_t begin, int64_t end) { product.rows(begin, end); });
   return ffi::Error::Success();
