@@ -197,6 +197,22 @@ def test_the_logprob_is_that_of_the_model() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_the_likeliest_of_a_vocabulary_of_several_groups() -> None:
+    """NumPy's, the first of equals too; the last of 1,300 ids do not fill a group."""
+    random = np.random.RandomState(0)
+    logits = np.round(3 * random.standard_normal((64, 1300))).astype(np.float32)
+    logits[range(64), random.randint(0, 1300, 64)] = 10
+    logits[range(32), random.randint(0, 1300, 32)] = 10
+    logits[0], logits[1, -1] = -5, 20
+    lengths, rows = np.ones(64, np.int32), settings([Sampling()] * 64)
+    with jax.set_mesh(one_device()):
+        ids, found = choose(jnp.asarray(logits), None, lengths, rows, features=Features())
+    np.testing.assert_array_equal(ids, logits.argmax(-1))
+    whole = logits.astype(np.float64)
+    expected = whole.max(-1) - np.log(np.exp(whole).sum(-1))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_draws_follow_the_distribution() -> None:
     """Of ids near and far, likely and not, over three groups of ids; seeds and positions both give
     draws of their own."""
