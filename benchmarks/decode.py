@@ -7,10 +7,15 @@
 On CPU every peer runs in processes of its own, rounds alternate, and each has as many threads as
 there are: ours on the float16 file and made float32, int8 and int4; transformers in float32
 (eager, its own cache); llama.cpp on F16 and Q8_0 files that our converter wrote. Prefill is of 512
-tokens into an empty cache, decoding greedy behind 16 tokens. Bounds, measured in each of our
-processes before and after, since a virtual machine's rates change by the minute: memory, by NumPy's
-product of a matrix and a vector; arithmetic, by the float32 product of XLA. A step of 8 slots is
-timed where weights are narrow.
+tokens into an empty cache, decoding greedy behind 16 tokens. A step of 8 slots is timed where
+weights are narrow.
+
+A step's bound is the longer of two times: of the bytes of weights and cache, as fast as NumPy
+multiplies a matrix by a vector; of two FLOPs a weight and slot, at the rate of XLA's float32
+product of 512 rows. A virtual machine's rates change within seconds, so our processes time one such
+product of each kind right before and after every dispatch: `over_bound` is the median of what a
+dispatch took by the mean of its two bounds. `over_best_bound` is the median step by the bound of
+the best of seven products before loading and behind the last step, which slow seconds do not reach.
 
 On a GPU: milliseconds a token behind a prompt of 1,984 tokens, by slots, with the share of the
 memory's rate at which weights and cache are read; transformers with a static cache and
@@ -29,11 +34,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# Else a thread of NumPy spins for 0.1 s behind each product, beside what is timed next.
+os.environ["OPENBLAS_THREAD_TIMEOUT"] = "4"
+
 import numpy as np
 from facts import keep, machine, peak_memory
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPT, BEHIND, TOKENS, CONTEXT = 512, 16, 32, 1024
+OUR_TOKENS = 48  # 12 dispatches
 ROUNDS = 3
 
 
@@ -89,22 +98,28 @@ def prefill(model: Any, length: int) -> float:
     return min(once() for _ in range(3))
 
 
-def steps(model: Any, slots: int, behind: int, tokens: int) -> dict[str, Any]:
-    """Milliseconds of a step of all slots, each behind a prompt, in a cache of what they need."""
+def steps(
+    model: Any, slots: int, behind: int, tokens: int, read: Callable[[], dict[str, float]] = dict
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Milliseconds of a step of all slots, each behind a prompt, in a cache of what they need; and
+    of each dispatch, with what `read` gave right before and after."""
     from bloomjax.decode.engine import Request
 
     engine = model.engine(slots, behind + tokens + 64)
     for seed in range(slots):
         engine.submit(Request(ids(behind, seed), tokens + 2 * engine._per_dispatch))
-    times = []
+    dispatches, before = [], read()
     while engine.busy:
         start = time.perf_counter()
         fresh = engine.step()
-        seconds = time.perf_counter() - start
+        milliseconds = 1e3 * (time.perf_counter() - start) / engine._per_dispatch
+        after = read()
         if len(fresh) == slots and not any(f.done for f in fresh):
-            times.append(1e3 * seconds / engine._per_dispatch)
-    # the first compiles, or follows a prompt
-    return {"step_ms": statistics.median(times[1:]), "per_dispatch": engine._per_dispatch}
+            dispatches.append({"step_ms": milliseconds, "bounds": [before, after]})
+        before = after
+    dispatches = dispatches[1:]  # the first compiles, or follows a prompt
+    step = statistics.median(d["step_ms"] for d in dispatches)
+    return {"step_ms": step, "per_dispatch": engine._per_dispatch}, dispatches
 
 
 def run_ours(source: str, slots: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -119,8 +134,24 @@ def run_ours(source: str, slots: int, options: dict[str, Any]) -> dict[str, Any]
     found: dict[str, Any] = {"load_s": time.perf_counter() - start}
     found["weight_bytes"] = sum(a.nbytes for a in jax.tree.leaves(model.params))
     found |= {"prefill_ms": prefill(model, PROMPT)} if slots == 1 else {}
-    found |= steps(model, slots, BEHIND, TOKENS)
-    return found | {"bounds": [before, bounds()]}
+    step, dispatches = steps(model, slots, BEHIND, OUR_TOKENS, meter(32_768, 1024))
+    found |= step | {"bounds": [before, bounds()]}
+
+    layers, width = model.config.layers, model.config.width
+    cached = slots * (BEHIND + OUR_TOKENS // 2) * 2 * layers * width * 4  # float32
+    flops = 2 * slots * width * (12 * layers * width + model.config.vocab_size)
+
+    def least(rates: dict[str, float]) -> float:
+        """Milliseconds of a step at these rates: of its bytes or of its FLOPs."""
+        memory = (found["weight_bytes"] + cached) / rates["memory_GBps"]
+        return max(memory, flops / rates["float32_GFLOPs"]) / 1e6
+
+    for d in dispatches:
+        d["bound_ms"] = statistics.mean(map(least, d["bounds"]))
+    best = {name: max(rates[name] for rates in found["bounds"]) for name in before}
+    found["over_bound"] = statistics.median(d["step_ms"] / d["bound_ms"] for d in dispatches)
+    found["over_best_bound"] = found["step_ms"] / least(best)
+    return found | {"dispatches": dispatches}
 
 
 def run_transformers(source: str, slots: int, _: dict[str, Any]) -> dict[str, Any]:
@@ -198,25 +229,35 @@ def run_llama_cpp(source: str, slots: int, _: dict[str, Any]) -> dict[str, Any]:
     return found | {"step_ms": statistics.median(steps[1:])}
 
 
-def bounds() -> dict[str, float]:
-    """GB/s of a product with a vector, GFLOP/s of XLA's product of 512 rows; the best of seven."""
+def meter(rows: int, outputs: int) -> Callable[[], dict[str, float]]:
+    """Times both products once a call: GB/s of `rows` by a vector, GFLOP/s of 512 rows by 4096 x
+    `outputs`."""
     import jax
     import jax.numpy as jnp
 
-    def best(run: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+    def rate(work: int, run: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        run()
+        return work / (time.perf_counter() - start) / 1e9
 
-    w, x = np.ones((65_536, 4096), np.float32), np.ones(4096, np.float32)
-    memory = w.nbytes / best(lambda: w @ x) / 1e9
-    a, b = jnp.ones((512, 4096)), jnp.ones((4096, 4096))
+    w, x = np.ones((rows, 4096), np.float32), np.ones(4096, np.float32)
+    a, b = jnp.ones((512, 4096)), jnp.ones((4096, outputs))
     product = jax.jit(jnp.matmul)
-    rate = 2 * 512 * 4096**2 / best(lambda: product(a, b).block_until_ready()) / 1e9
-    return {"memory_GBps": memory, "float32_GFLOPs": rate}
+
+    def read() -> dict[str, float]:
+        memory = rate(w.nbytes, lambda: w @ x)
+        flops = rate(2 * 512 * b.size, lambda: product(a, b).block_until_ready())
+        return {"memory_GBps": memory, "float32_GFLOPs": flops}
+
+    read()  # compiles
+    return read
+
+
+def bounds() -> dict[str, float]:
+    """The best of seven."""
+    read = meter(65_536, 4096)
+    found = [read() for _ in range(7)]
+    return {name: max(rates[name] for rates in found) for name in found[0]}
 
 
 RUNS = {"ours": run_ours, "transformers": run_transformers, "llama.cpp": run_llama_cpp}
@@ -288,7 +329,7 @@ def gpu(sizes: list[str], bandwidth: float) -> dict[str, Any]:
             model = Model(config, params, mesh, None, "random")
             held = sum(a.nbytes for a in jax.tree.leaves(params))
             for slots in (1, 8, 32, 64) if quantize == "none" else (1, 8):
-                found = steps(model, slots, 1936, 48)
+                found, _ = steps(model, slots, 1936, 48)
                 cached = slots * 2000 * 2 * config.layers * config.width * 2
                 read = held + cached
                 found |= {"weight_bytes": held, "cache_bytes_read": cached}
