@@ -2,7 +2,6 @@
 
     pip install '.[gguf]' torch==2.13.0 transformers==5.23.0 llama-cpp-python==0.3.36
     python benchmarks/decode.py                    (CPU, bloom-560m: 5 minutes a round, 12 GB)
-    python benchmarks/decode.py --gpu [--sizes=7b1,3b,1b7,560m]  (jax[cuda13], torch, transformers)
 
 On CPU every peer runs in processes of its own, rounds alternate, and each has as many threads as
 there are: ours on the float16 file and made float32, int8 and int4; transformers in float32
@@ -16,10 +15,6 @@ product of 512 rows. A virtual machine's rates change within seconds, so our pro
 product of each kind right before and after every dispatch: `over_bound` is the median of what a
 dispatch took by the mean of its two bounds. `over_best_bound` is the median step by the bound of
 the best of seven products before loading and behind the last step, which slow seconds do not reach.
-
-On a GPU: milliseconds a token behind a prompt of 1,984 tokens, by slots, with the share of the
-memory's rate at which weights and cache are read; transformers with a static cache and
-torch.compile beside it.
 """
 
 import argparse
@@ -297,93 +292,14 @@ def _child(kind: str, source: str, slots: int, options: dict[str, Any]) -> dict[
     return found
 
 
-# On a GPU -----------------------------------------------------------------------------------------
-
-
-def gpu(sizes: list[str], bandwidth: float) -> dict[str, Any]:
-    """`bandwidth` is what the memory is sold for, in GB/s."""
-    import dataclasses
-
-    import jax
-    import jax.numpy as jnp
-
-    from bloomjax.config import base_config, freeze
-    from bloomjax.decode.params import abstract_params
-    from bloomjax.sharding import decode_mesh
-    from bloomjax.source import Model
-
-    results: dict[str, Any] = {}
-    for size in sizes:
-        config = dataclasses.replace(freeze(base_config(size)).model, dtype="bfloat16")
-        mesh = decode_mesh(config, jax.devices()[:1])
-        for quantize in ("none", "int8", "int4"):
-            shapes = abstract_params(config, mesh, quantize)
-
-            def noise(like: Any) -> jax.Array:
-                if jnp.issubdtype(like.dtype, jnp.integer):
-                    return jnp.full(like.shape, 3, like.dtype, out_sharding=like.sharding.spec)
-                return jnp.full(like.shape, 1e-3, like.dtype, out_sharding=like.sharding.spec)
-
-            with jax.set_mesh(mesh):
-                params = jax.tree.map(jax.jit(noise, static_argnums=0), shapes)
-            model = Model(config, params, mesh, None, "random")
-            held = sum(a.nbytes for a in jax.tree.leaves(params))
-            for slots in (1, 8, 32, 64) if quantize == "none" else (1, 8):
-                found, _ = steps(model, slots, 1936, 48)
-                cached = slots * 2000 * 2 * config.layers * config.width * 2
-                read = held + cached
-                found |= {"weight_bytes": held, "cache_bytes_read": cached}
-                found["share_of_bandwidth"] = read / found["step_ms"] / 1e6 / bandwidth
-                results[f"{size} {quantize} batch {slots}"] = found
-                print(size, quantize, slots, found, file=sys.stderr, flush=True)
-            del model, params
-        results[f"{size} transformers"] = _compiled_transformers(size, bandwidth)
-        print(size, results[f"{size} transformers"], file=sys.stderr, flush=True)
-    return results
-
-
-def _compiled_transformers(size: str, bandwidth: float) -> dict[str, Any]:
-    import torch
-    from transformers import BloomConfig, BloomForCausalLM, StaticCache
-
-    shape = fields(size)
-    shape.pop("model_type")
-    config = BloomConfig(**shape, attn_implementation="eager")
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = BloomForCausalLM(config).eval()
-    step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    cache = StaticCache(config=config, max_cache_len=2048)
-    token, times = torch.zeros(1, 1, dtype=torch.long, device="cuda"), []
-    with torch.no_grad():
-        for place in range(1984, 2040):
-            at = torch.tensor([place], device="cuda")
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            step(token, past_key_values=cache, use_cache=True, cache_position=at)
-            torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-    held = sum(p.nbytes for p in model.parameters())
-    milliseconds = statistics.median(times[10:])
-    return {"step_ms": milliseconds, "share_of_bandwidth": held / milliseconds / 1e6 / bandwidth}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--sizes", default="7b1,3b,1b7,560m", help="of --gpu")
-    parser.add_argument("--bandwidth", type=float, default=4800, help="GB/s; that of an H200")
     args = parser.parse_args()
     if args.child:
         kind, source, slots, options = json.loads(args.child)
         found = RUNS[kind](source, slots, options)
         print(json.dumps(found | {"peak_GiB": peak_memory()}))
-        return
-    if args.gpu:
-        result = gpu(args.sizes.split(","), args.bandwidth)
-        packages = "jax", "jaxlib", "torch", "transformers"
-        keep("decode-gpu", {"machine": machine(*packages), "results": result})
         return
     result = cpu("560m")
     packages = "jax", "jaxlib", "torch", "transformers", "llama-cpp-python"

@@ -164,6 +164,15 @@ def on_cpu() -> bool:
     return (device.platform if device else jax.default_backend()) == "cpu"
 
 
+def on_one_gpu() -> bool:
+    """Whether the current mesh is one GPU, which is there."""
+    return (
+        jax.default_backend() == "gpu"
+        and not on_cpu()
+        and jax.sharding.get_abstract_mesh().size == 1
+    )
+
+
 _SIZES = {"D": "width", "N": "heads", "F": "ffn width", "V": "vocabulary", "T": "sequence length"}
 
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from bloomjax import aot, cli
 from bloomjax.config import base_config, freeze
-from bloomjax.kernels import cpu
+from bloomjax.kernels import build, cpu
 from bloomjax.kernels.packed import Packed, multiply, widened
 from bloomjax.kernels.packing import BLOCKS, from_gguf, quantise
 from bloomjax.sharding import make_mesh, on_devices
@@ -261,11 +261,12 @@ def test_with_a_compiler_that_fails(caplog: Any, monkeypatch: Any, cache: Path) 
     assert not list(cache.iterdir())
 
 
-def test_with_a_library_that_is_none(caplog: Any, monkeypatch: Any, cache: Path) -> None:
-    made = cpu._library(b"int here;")
-    assert made.parent == cache and cpu._library(b"int here;") == made
+def test_with_a_library_that_is_none(caplog: Any, cache: Path) -> None:
+    assert cpu.kernel()
+    (made,) = cache.iterdir()
+    made.unlink()  # it is loaded
     made.write_bytes(b"no library")
-    monkeypatch.setattr(cpu, "_library", lambda source: made)
+    cpu.kernel.cache_clear()
     assert str(made) in fallen_back(caplog)
 
 
@@ -282,7 +283,7 @@ def test_with_a_compiler_that_takes_too_long(caplog: Any, monkeypatch: Any, tmp_
     slow.write_text("#!/bin/sh\necho still at it >&2\nexec sleep 60\n")
     slow.chmod(0o700)
     monkeypatch.setenv("CXX", str(slow))
-    monkeypatch.setattr(cpu, "_PATIENCE", 0.5)
+    monkeypatch.setattr(build, "_PATIENCE", 0.5)
     assert "still at it" in fallen_back(caplog)
 
 

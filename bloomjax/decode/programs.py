@@ -17,11 +17,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from bloomjax import model
+from bloomjax.attention import slopes_here
 from bloomjax.config import ModelConfig
-from bloomjax.decode.cache import Cache, CachedAttention, empty_cache
+from bloomjax.decode.cache import Cache, CachedAttention, Held, empty_cache
 from bloomjax.decode.sampling import GREEDY, Features, Settings, choose, settings_of
+from bloomjax.kernels import gpu
 from bloomjax.model import Params
-from bloomjax.sharding import act, on_cpu, put
+from bloomjax.sharding import act, on_cpu, on_one_gpu, put
 
 # Prompt tokens of a chunk at most.
 CHUNK = 512
@@ -119,10 +121,47 @@ def advance(
     bloom: model.Bloom, cache: Cache, tokens_B: jax.Array, positions_B: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """float32 logits [B, V] after one token of every slot, and the cache with it."""
+    if (made := _in_one_launch(bloom, cache, tokens_B, positions_B)) is not None:
+        return made
     attention = CachedAttention(bloom.config, cache, positions_B)
     x_B1D = bloom.decode(tokens_B[:, None], attention.layer)
     logits_BV = jax.reshard(bloom.logits(x_B1D)[:, 0], P(None, None))  # in one piece
     return logits_BV, attention.cache
+
+
+def _in_one_launch(
+    bloom: model.Bloom, cache: Cache, tokens_B: jax.Array, positions_B: jax.Array
+) -> tuple[jax.Array, Cache] | None:
+    """`advance` on the kernel that has the whole model, where there is one (`kernels.gpu`)."""
+    config = bloom.config
+    if config.apply_residual_connection_post_layernorm or config.alibi_dtype == "compute":
+        return None
+    if cache.keys[0].scales is not None or not on_one_gpu():
+        return None
+    of = [[getattr(block, name).get_value() for name in _ORDER] for block in bloom.blocks]
+    layers = [
+        [*weights, keys.values, values.values]
+        for weights, keys, values in zip(of, cache.keys, cache.values, strict=True)
+    ]
+    norms = [getattr(bloom, f"{name}_{part}") for name in ("embed_ln", "ln") for part in "wb"]
+    made = gpu.step(
+        tokens_B,
+        positions_B,
+        slopes_here(config.heads, round_alibi=False)[:, 0, 0],
+        [norm.get_value() for norm in norms],
+        bloom.embed.get_value(),
+        layers,
+        config.layer_norm_epsilon,
+    )
+    if made is None:
+        return None
+    logits_BV, written = made
+    keys, values = (tuple(Held(held, None) for held in written[i::2]) for i in range(2))
+    return logits_BV, Cache(keys, values)
+
+
+# Parameters of a block as `gpu.step` takes them.
+_ORDER = [f"{name}_{part}" for name in ("ln1", "ln2", "qkv", "out", "up", "down") for part in "wb"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)

@@ -12,29 +12,20 @@ Letters: see `bloomjax.kernels.packed`.
 import contextlib
 import ctypes
 import functools
-import hashlib
-import importlib.metadata
-import importlib.resources
-import logging
 import os
 import platform
 import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from bloomjax.folders import cache_folder
+from bloomjax.kernels.build import FAILURES, fallen_back, library
 
 UNIT = 32  # inputs that cpu.cc takes at a time
 
-_LOG = logging.getLogger("bloomjax")
 _NATIVE = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
 _FLAGS = ("-std=c++17", "-O3", f"{_NATIVE}=native", "-ffp-contract=off", "-fPIC", "-shared", "-w")
-_PATIENCE = 120  # seconds that the compiler, which takes some fifteen, may take
-
 
 _REGISTERED: set[str] = set()  # XLA takes a name once; what it calls is the same in any library
 _LANES = 8  # that divide H: what cpu.cc has at most in a vector
@@ -83,48 +74,22 @@ def kernel() -> str:
 
     The first call on a machine compiles them, which takes seconds.
     """
-    source = importlib.resources.files(__package__).joinpath("cpu.cc").read_bytes()
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     try:
-        library = ctypes.CDLL(str(_library(source)))
-        made = {"multiply": library.BloomjaxMultiply, "attend": library.BloomjaxAttend}
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        if isinstance(said, bytes):  # of a compiler that was stopped, whatever mode it ran in
-            said = said.decode(errors="replace")
-        reason = " ".join(said.split())[:300]
-        _LOG.warning("decoding on CPU falls back to XLA's own kernels, slower: %s", reason)
+        path = library("cpu.cc", compiler, _FLAGS, _processor())
+        made = ctypes.CDLL(str(path))
+        functions = {"multiply": made.BloomjaxMultiply, "attend": made.BloomjaxAttend}
+    except FAILURES as error:
+        fallen_back("CPU", error)
         return ""
-    digest = hashlib.sha256(source).hexdigest()[:8]
+    digest = path.stem[:8]
     if digest not in _REGISTERED:
-        for name, function in made.items():
+        for name, function in functions.items():
             capsule = jax.ffi.pycapsule(function)
             jax.ffi.register_ffi_target(f"bloomjax_{name}_{digest}", capsule, platform="cpu")
         _REGISTERED.add(digest)
     return digest
-
-
-def _library(source: bytes) -> Path:
-    """The shared library, compiled unless the cache has it. OSError or SubprocessError."""
-    key = (source, *map(str.encode, (*_FLAGS, _processor(), importlib.metadata.version("jaxlib"))))
-    digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:32]
-    if (cache := cache_folder()) is None:
-        raise FileNotFoundError("expected a home for the cache, found none: set XDG_CACHE_HOME")
-    path = cache / "kernels" / f"{digest}.so"
-    if path.exists():
-        return path
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
-    if compiler is None:
-        raise FileNotFoundError("expected a C++ compiler, found none: install g++ or clang++")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _LOG.info("compiling the kernels of decoding for this machine, once")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # processes may race to here
-        code, made = Path(folder) / "cpu.cc", Path(folder) / "cpu.so"
-        code.write_bytes(source)
-        command = (compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(code), "-o", str(made))
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)
-        made.replace(path)
-    return path
 
 
 def _processor() -> str:

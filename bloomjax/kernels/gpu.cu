@@ -1,0 +1,876 @@
+// One token through the whole of BLOOM in one launch, for a batch of one on NVIDIA GPUs from Hopper.
+//
+// At batch 1 a step reads every weight once and does next to nothing with it, so its bound is the
+// memory's rate; a program of many kernels stays far from it, since the memory idles where one ends
+// and the next begins (1.3 to 5 us each, 400 a token in XLA's program of bloom-560m). Here the
+// kernel stays. Every warp has rows of its own of every product, and places of its own of the cache,
+// and streams them through a ring in shared memory by bulk copies; as what it will read does not
+// depend on what is computed, the ring fills while the grid waits for its slowest at the five places
+// of a layer where everything depends on everything. (Persistent kernels that overlap so: Hazy
+// Research, "Look Ma, No Bubbles!", 2025.)
+//
+// Compiled for one kind of model: BLOOMJAX_WEIGHT is bf16 or int8_t, BLOOMJAX_VECTORS D / 1,024,
+// rounded up.
+//
+// Letters: D width, N heads, H head dim, F ffn width, V vocabulary, S places of the cache; J outputs
+// of a product, I inputs. Weights [J, I] are bfloat16, or int8 with a scale for each output; sums
+// and the residual stream are float32; what a product with bfloat16 reads is
+// rounded to it.
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kSlot = 4096;      // bytes of the ring that a copy fills at most
+constexpr int kMaxStages = 6;    // slots of a warp: 24 KiB in flight
+constexpr int kMaxLayers = 128;  // 18 pointers each, of the 32,764 bytes that parameters may take
+constexpr int kMaxHead = 128;    // H at most
+constexpr int kPlaces = 8;       // of the cache, that a warp scores at once
+constexpr float kNone = -1e30f;  // a score that counts for nothing
+
+struct Matrix {
+  const char* w;       // [J, I]
+  const float* scale;  // [J], of int8
+  const bf16* bias;    // [J], or null
+};
+
+struct Layer {
+  const bf16 *ln1_w, *ln1_b, *ln2_w, *ln2_b;
+  Matrix qkv, out, up, down;
+  bf16 *keys, *values;  // [N, S, H]
+};
+
+struct Params {
+  int layers, D, N, H, F, V, S;
+  float epsilon;
+  int shares;        // blocks that share a head
+  int stages;        // slots of each warp's ring
+  int tile_D, tile_F;  // bytes of a copy of a row of D inputs, of F
+  const int *token, *position;
+  const float* slopes;  // [N]
+  const bf16 *embed_ln_w, *embed_ln_b, *ln_w, *ln_b;
+  Matrix embed;
+  float *x, *qkv, *act, *parts, *logits;  // [D] [N 3 H] [F] [N shares H] [V]
+  float2* softmax;                  // [N shares], the largest score of a share and the sum of its weights
+  unsigned* arrived;                                // blocks at the barriers so far
+  Layer layer[kMaxLayers];
+};
+
+// Memory that other blocks write while the kernel runs is read past the first cache.
+template <typename T>
+__device__ T fresh(const T* p) {
+  return __ldcg(p);
+}
+
+__device__ uint32_t shared(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ float sum_of_warp(float x) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
+__device__ float max_of_warp(float x) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+
+__device__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ uint32_t rounded(float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// What a warp reads of weights and cache, in the order in which it needs it: copies are started
+// `stages` ahead of their use, whatever the grid waits for.
+template <typename W>
+class Stream {
+ public:
+  int warp, warps;  // of this in the grid, and of the grid
+
+  __device__ Stream(const Params& p, char* rings, uint64_t* full)
+      : warp(blockIdx.x * kWarps + threadIdx.x / 32),
+        warps(gridDim.x * kWarps),
+        head(blockIdx.x / p.shares),
+        share(blockIdx.x % p.shares),
+        tile_places(min(32, kSlot / (2 * p.H))),
+        p_(p),
+        position_(*p.position) {
+    const int mine = threadIdx.x / 32, sharers = p.shares * kWarps;
+    const int64_t tiles = (position_ + tile_places - 1) / tile_places;
+    const int place = share * kWarps + mine;
+    first_tile = head < p.N ? int(tiles * place / sharers) : 0;
+    last_tile = head < p.N ? int(tiles * (place + 1) / sharers) : 0;
+    ring_ = rings + mine * p.stages * kSlot;
+    full_ = shared(full + mine * p.stages);
+    if (threadIdx.x % 32 == 0) {
+      for (int i = 0; i < p.stages; ++i)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full_ + 8 * i) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncwarp();
+    enter();
+    for (int i = 0; i < p.stages; ++i) start(i);
+  }
+
+  // The next bytes, once they are here.
+  __device__ const char* take() {
+    const uint32_t bar = full_ + 8 * slot_;
+    uint32_t done = 0;
+    while (!done) {
+      asm volatile(
+          "{\n .reg .pred p;\n"
+          " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          " selp.u32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(bar), "r"(parity_)
+          : "memory");
+    }
+    return ring_ + slot_ * kSlot;
+  }
+
+  // Lets what `take` gave be overwritten.
+  __device__ void release() {
+    __syncwarp();
+    start(slot_);
+    if (++slot_ == p_.stages) {
+      slot_ = 0;
+      parity_ ^= 1;
+    }
+  }
+
+  int head, share;         // of which this block attends to places
+  int tile_places;         // of the cache, that a copy brings
+  int first_tile, last_tile;  // that are this warp's
+
+ private:
+  enum Kind { kQkv, kAttention, kOut, kUp, kDown, kKinds };
+
+  __device__ void enter() {
+    part_ = 0;
+    if (layer_ > p_.layers) return;
+    if (layer_ == p_.layers) {
+      set(p_.embed, p_.V, p_.D, p_.tile_D);
+      return;
+    }
+    const Layer& layer = p_.layer[layer_];
+    switch (kind_) {
+      case kQkv: return set(layer.qkv, 3 * p_.D, p_.D, p_.tile_D);
+      case kOut: return set(layer.out, p_.D, p_.D, p_.tile_D);
+      case kUp: return set(layer.up, p_.F, p_.D, p_.tile_D);
+      case kDown: return set(layer.down, p_.D, p_.F, p_.tile_F);
+      default: item_ = first_tile, end_ = last_tile;
+    }
+  }
+
+  __device__ void set(const Matrix& m, int J, int I, int tile) {
+    base_ = m.w;
+    item_ = warp;
+    end_ = J;
+    row_ = I * int(sizeof(W));
+    tile_ = tile;
+  }
+
+  __device__ bool attends() const { return layer_ < p_.layers && kind_ == kAttention; }
+
+  // Starts the next copy, into a slot that nobody reads any more.
+  __device__ void start(int slot) {
+    while (item_ >= end_) {
+      if (layer_ >= p_.layers) return;
+      if (++kind_ == kKinds) {
+        kind_ = 0;
+        ++layer_;
+      }
+      enter();
+    }
+    const char* source;
+    int bytes;
+    if (attends()) {
+      const int first = item_ * tile_places, each = 2 * p_.H;
+      const Layer& layer = p_.layer[layer_];
+      const bf16* held = part_ ? layer.values : layer.keys;
+      const int64_t place = int64_t(head) * p_.S + first;
+      source = reinterpret_cast<const char*>(held) + place * each;
+      bytes = min(tile_places, position_ - first) * each;
+      if (++part_ == 2) {
+        part_ = 0;
+        ++item_;
+      }
+    } else {
+      source = base_ + int64_t(item_) * row_ + part_;
+      bytes = tile_;
+      if ((part_ += tile_) == row_) {
+        part_ = 0;
+        item_ += warps;
+      }
+    }
+    if (threadIdx.x % 32 == 0) {
+      const uint32_t bar = full_ + 8 * slot;
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                   : "memory");
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+          ::"r"(shared(ring_ + slot * kSlot)), "l"(source), "r"(bytes), "r"(bar)
+          : "memory");
+    }
+  }
+
+  const Params& p_;
+  const int position_;
+  char* ring_;
+  uint32_t full_;
+  int slot_ = 0;
+  uint32_t parity_ = 0;
+  // What is copied next.
+  int layer_ = 0, kind_ = 0, item_ = 0, end_ = 0, part_ = 0, row_ = 0, tile_ = 0;
+  const char* base_ = nullptr;
+};
+
+// Every block has come so far, and sees what the others wrote before.
+__device__ void meet(const Params& p, unsigned& times) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned all = ++times * gridDim.x;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrived) : "memory");
+    unsigned seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(p.arrived) : "memory");
+    } while (seen < all);
+  }
+  __syncthreads();
+}
+
+// Numbers of a vector [D]: a thread has four of each 1,024.
+template <int kVectors>
+struct Values {
+  float v[kVectors][4];
+  static __device__ int place(int i) { return 4 * (i * kThreads + int(threadIdx.x)); }
+};
+
+template <int kVectors>
+struct Norm {
+  uint2 w[kVectors], b[kVectors];
+  __device__ void load(const bf16* weights, const bf16* biases, int D) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = Values<kVectors>::place(i);
+      w[i] = at < D ? *reinterpret_cast<const uint2*>(weights + at) : uint2{};
+      b[i] = at < D ? *reinterpret_cast<const uint2*>(biases + at) : uint2{};
+    }
+  }
+  // x becomes its layer norm. Each warp takes mean and squared distances of its own numbers, and
+  // those are merged (Chan et al. 1979): as exact as two passes, and one wait.
+  __device__ void apply(Values<kVectors>& x, int D, float epsilon, float* scratch) const {
+    float sum = 0, squares = 0;
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const bool is_in = Values<kVectors>::place(i) < D;
+      count += 4 * __popc(__ballot_sync(~0u, is_in));
+      if (is_in) sum += x.v[i][0] + x.v[i][1] + (x.v[i][2] + x.v[i][3]);
+    }
+    const float mean_here = count ? sum_of_warp(sum) / count : 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      if (Values<kVectors>::place(i) < D)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) squares += (x.v[i][j] - mean_here) * (x.v[i][j] - mean_here);
+    squares = sum_of_warp(squares);
+    float3* of_warps = reinterpret_cast<float3*>(scratch);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = {float(count), mean_here, squares};
+    __syncthreads();
+    float mean = 0, variance = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) mean += of_warps[i].x * of_warps[i].y;
+    mean /= D;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      const float off = of_warps[i].y - mean;
+      variance += of_warps[i].z + of_warps[i].x * off * off;
+    }
+    const float scale = rsqrtf(variance / D + epsilon);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      x.v[i][0] = fmaf((x.v[i][0] - mean) * scale, low(w[i].x), low(b[i].x));
+      x.v[i][1] = fmaf((x.v[i][1] - mean) * scale, high(w[i].x), high(b[i].x));
+      x.v[i][2] = fmaf((x.v[i][2] - mean) * scale, low(w[i].y), low(b[i].y));
+      x.v[i][3] = fmaf((x.v[i][3] - mean) * scale, high(w[i].y), high(b[i].y));
+    }
+  }
+};
+
+template <int kVectors>
+__device__ void load(Values<kVectors>& x, const float* from, int D) {
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int at = Values<kVectors>::place(i);
+    const float4 v = at < D ? fresh(reinterpret_cast<const float4*>(from + at)) : float4{};
+    x.v[i][0] = v.x, x.v[i][1] = v.y, x.v[i][2] = v.z, x.v[i][3] = v.w;
+  }
+}
+
+// What a product reads, in shared memory, and its sums with rows of weights.
+template <typename W>
+struct Inputs;
+
+// Of bfloat16 weights: bfloat16.
+template <>
+struct Inputs<bf16> {
+  bf16* h;
+  struct Sum {
+    float part[4] = {};
+  };
+  static __host__ __device__ int bytes(int F) { return 2 * F; }
+
+  template <int kVectors>
+  __device__ void set(const Values<kVectors>& x, int D, float*) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = Values<kVectors>::place(i);
+      if (at < D)
+        *reinterpret_cast<uint2*>(h + at) = {rounded(x.v[i][0], x.v[i][1]),
+                                             rounded(x.v[i][2], x.v[i][3])};
+    }
+    __syncthreads();
+  }
+
+  // Sixteen bytes of a row of weights, from input `at` on.
+  __device__ void add(Sum& sum, const char* w, int at) const {
+    const uint4 a = *reinterpret_cast<const uint4*>(w), b = *reinterpret_cast<const uint4*>(h + at);
+    const uint32_t ws[4] = {a.x, a.y, a.z, a.w}, hs[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum.part[i] = fmaf(low(ws[i]), low(hs[i]), sum.part[i]);
+      sum.part[i] = fmaf(high(ws[i]), high(hs[i]), sum.part[i]);
+    }
+  }
+
+  __device__ float value(const Sum& s) const {
+    return s.part[0] + s.part[1] + (s.part[2] + s.part[3]);
+  }
+};
+
+// Of int8 weights: 23 bits of what is the largest input 2^22, as three signed digits of eight bits,
+// each in a plane of its own. Sums of products of bytes, four an instruction, are exact, where to
+// widen every weight would take more instructions than the memory leaves time for.
+template <>
+struct Inputs<int8_t> {
+  int8_t* h;
+  int plane;
+  float unit;
+  struct Sum {
+    int digit[3] = {};
+  };
+  static __host__ __device__ int bytes(int F) { return 3 * F; }
+
+  template <int kVectors>
+  __device__ void set(const Values<kVectors>& x, int D, float* scratch) {
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      if (Values<kVectors>::place(i) < D)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) most = fmaxf(most, fabsf(x.v[i][j]));
+    most = max_of_warp(most);
+    float* of_warps = scratch + 4 * kWarps;  // beyond what a norm has there
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = most;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) most = fmaxf(most, of_warps[i]);
+    most = fmaxf(most, 1e-30f);
+    unit = most / 4194304.0f;
+    const float units = 4194304.0f / most;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = Values<kVectors>::place(i);
+      if (at >= D) continue;
+      uint32_t planes[3] = {};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        int rest = __float2int_rn(x.v[i][j] * units);
+#pragma unroll
+        for (int k = 2; k >= 0; --k) {
+          const int digit = k ? int8_t(rest) : rest;
+          planes[k] |= uint32_t(digit & 255) << 8 * j;
+          rest = (rest - digit) >> 8;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 3; ++k) *reinterpret_cast<uint32_t*>(h + k * plane + at) = planes[k];
+    }
+    __syncthreads();
+  }
+
+  __device__ void add(Sum& sum, const char* w, int at) const {
+    const int4 a = *reinterpret_cast<const int4*>(w);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      const int4 b = *reinterpret_cast<const int4*>(h + k * plane + at);
+      sum.digit[k] = __dp4a(a.x, b.x, sum.digit[k]);
+      sum.digit[k] = __dp4a(a.y, b.y, sum.digit[k]);
+      sum.digit[k] = __dp4a(a.z, b.z, sum.digit[k]);
+      sum.digit[k] = __dp4a(a.w, b.w, sum.digit[k]);
+    }
+  }
+
+  __device__ float value(const Sum& s) const {
+    return unit * fmaf(fmaf(float(s.digit[0]), 256.0f, float(s.digit[1])), 256.0f,
+                       float(s.digit[2]));
+  }
+};
+
+// What ends a sum: lane i has that of this warp's i-th output. Loaded ahead, as all that is small: to
+// wait for memory once for each output would cost more than the product.
+struct Ends {
+  float scale, bias;
+};
+
+template <typename W>
+__device__ Ends ends_of(const Stream<W>& stream, const Matrix& m, int J, int first = 0) {
+  const int j = stream.warp + (first + threadIdx.x % 32) * stream.warps;
+  return {sizeof(W) == 1 && j < J ? m.scale[j] : 1.0f,
+          m.bias && j < J ? __bfloat162float(m.bias[j]) : 0.0f};
+}
+
+__device__ float gelu(float x) {
+  return 0.5f * x * (1.0f + tanhf(0.79788456f * x * (1.0f + 0.044715f * x * x)));
+}
+
+// What becomes of a product's outputs.
+enum Fate { kStore, kGelu, kAdd };
+
+struct Product {
+  const Matrix* m;
+  int J, I, tile;
+  Fate fate;
+  float* y;
+};
+
+// This warp's outputs of a product; a lane has one of 32 of them at the end. `here` is what the
+// residual stream is at lane i's output, of a product that adds to it.
+template <typename W>
+__device__ void multiply(Stream<W>& stream, const Product& product, Ends ends,
+                         const Inputs<W>& inputs, float& here) {
+  constexpr int kSums = 4;  // are added up over lanes at once, for the sake of their latency
+  const int lane = threadIdx.x % 32, each = sizeof(W), J = product.J, tile = product.tile;
+  const int outputs = stream.warp < J ? (J - stream.warp - 1) / stream.warps + 1 : 0;
+  for (int first = 0; first < outputs; first += 32) {
+    if (first) ends = ends_of(stream, *product.m, J, first);
+    const int count = min(32, outputs - first);
+    float mine = 0, sums[kSums] = {};
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      typename Inputs<W>::Sum sum;
+#pragma unroll 1
+      for (int input = 0; input < product.I; input += tile / each) {
+        const char* w = stream.take();
+#pragma unroll 4
+        for (int at = 16 * lane; at < tile; at += 512) inputs.add(sum, w + at, input + at / each);
+        stream.release();
+      }
+#pragma unroll
+      for (int k = kSums - 1; k; --k) sums[k] = sums[k - 1];
+      sums[0] = inputs.value(sum);
+      if (i % kSums == kSums - 1 || i == count - 1) {
+        float y[kSums];
+#pragma unroll
+        for (int k = 0; k < kSums; ++k) y[k] = sums[k];
+#pragma unroll
+        for (int d = 16; d; d /= 2)
+#pragma unroll
+          for (int k = 0; k < kSums; ++k) y[k] += __shfl_xor_sync(~0u, y[k], d);
+#pragma unroll
+        for (int k = 0; k < kSums; ++k)
+          if (lane == i - k) mine = y[k];
+      }
+    }
+    if (lane < count) {
+      float y = fmaf(mine, ends.scale, ends.bias);
+      if (product.fate == kGelu) y = gelu(y);
+      if (product.fate == kAdd) y = here += y;
+      product.y[stream.warp + (first + lane) * stream.warps] = y;
+    }
+  }
+}
+
+// This block's share of a head, whose new key and value go to the cache: sums, not divided yet.
+template <typename W>
+__device__ void attend(const Params& p, Stream<W>& stream, const Layer& layer, float* scratch) {
+  constexpr int kPairs = kMaxHead / 64;
+  const int lane = threadIdx.x % 32, mine = threadIdx.x / 32;
+  const int head = stream.head, share = stream.share, H = p.H;
+  if (head >= p.N) return;
+  const int position = *p.position;
+  const float slope = p.slopes[head], root = rsqrtf(float(H));
+  const float* qkv = p.qkv + int64_t(head) * 3 * H;
+  float q[kPairs][2], out[kPairs][2];
+  float largest = kNone, total = 0;  // the total in parts, a lane each
+#pragma unroll
+  for (int c = 0; c < kPairs; ++c) {
+    const int d = 64 * c + 2 * lane;
+    q[c][0] = d < H ? fresh(qkv + d) * root : 0;
+    q[c][1] = d < H ? fresh(qkv + d + 1) * root : 0;
+    out[c][0] = out[c][1] = 0;
+  }
+  if (share == 0 && mine == 0) {
+    float score = 0;
+#pragma unroll
+    for (int c = 0; c < kPairs; ++c) {
+      const int d = 64 * c + 2 * lane;
+      if (d < H) {
+        const int64_t at = (int64_t(head) * p.S + position) * H + d;
+        const uint32_t k = rounded(fresh(qkv + H + d), fresh(qkv + H + d + 1));
+        const uint32_t v = rounded(fresh(qkv + 2 * H + d), fresh(qkv + 2 * H + d + 1));
+        *reinterpret_cast<uint32_t*>(layer.keys + at) = k;
+        *reinterpret_cast<uint32_t*>(layer.values + at) = v;
+        score += q[c][0] * low(k) + q[c][1] * high(k);
+        out[c][0] = low(v), out[c][1] = high(v);
+      }
+    }
+    largest = sum_of_warp(score);
+    total = lane == 0;
+  }
+  for (int tile = stream.first_tile; tile < stream.last_tile; ++tile) {
+    const int start = tile * stream.tile_places;
+    const int here = min(stream.tile_places, position - start);
+    const char* keys = stream.take();
+    float score = 0;
+    for (int some = 0; some < here; some += kPlaces) {  // at once, for the sake of their latency
+      float s[kPlaces] = {};
+#pragma unroll
+      for (int i = 0; i < kPlaces; ++i)
+#pragma unroll
+        for (int c = 0; c < kPairs; ++c) {
+          const int d = 64 * c + 2 * lane;
+          if (d < H && some + i < here) {
+            const uint32_t k = *reinterpret_cast<const uint32_t*>(keys + 2 * ((some + i) * H + d));
+            s[i] += q[c][0] * low(k) + q[c][1] * high(k);
+          }
+        }
+#pragma unroll
+      for (int d = 16; d; d /= 2)
+#pragma unroll
+        for (int i = 0; i < kPlaces; ++i) s[i] += __shfl_xor_sync(~0u, s[i], d);
+#pragma unroll
+      for (int i = 0; i < kPlaces; ++i)
+        if (lane == some + i) score = s[i];
+    }
+    stream.release();
+    score = lane < here ? score + slope * (start + lane - position) : kNone;
+    const float most = fmaxf(largest, max_of_warp(score));
+    const float old = __expf(largest - most), weight = __expf(score - most);
+    largest = most;
+    total = total * old + (lane < here ? weight : 0);
+#pragma unroll
+    for (int c = 0; c < kPairs; ++c) out[c][0] *= old, out[c][1] *= old;
+    const char* values = stream.take();
+#pragma unroll 8
+    for (int place = 0; place < here; ++place) {
+      const float of = __shfl_sync(~0u, weight, place);
+#pragma unroll
+      for (int c = 0; c < kPairs; ++c) {
+        const int d = 64 * c + 2 * lane;
+        if (d < H) {
+          const uint32_t v = *reinterpret_cast<const uint32_t*>(values + 2 * (place * H + d));
+          out[c][0] = fmaf(of, low(v), out[c][0]);
+          out[c][1] = fmaf(of, high(v), out[c][1]);
+        }
+      }
+    }
+    stream.release();
+  }
+  total = sum_of_warp(total);
+
+  // The warps of the block together.
+  float *maxima = scratch, *sums = scratch + kWarps, *outs = scratch + 2 * kWarps;
+  if (lane == 0) maxima[mine] = largest, sums[mine] = total;
+#pragma unroll
+  for (int c = 0; c < kPairs; ++c) {
+    const int d = 64 * c + 2 * lane;
+    if (d < H) outs[mine * H + d] = out[c][0], outs[mine * H + d + 1] = out[c][1];
+  }
+  __syncthreads();
+  float most = kNone, all = 0, sum = 0;
+  for (int i = 0; i < kWarps; ++i) most = fmaxf(most, maxima[i]);
+  for (int i = 0; i < kWarps; ++i) {
+    const float of = __expf(maxima[i] - most);
+    all += of * sums[i];
+    if (threadIdx.x < H) sum += of * outs[i * H + threadIdx.x];
+  }
+  const int part = head * p.shares + share;
+  if (threadIdx.x < H) p.parts[int64_t(part) * H + threadIdx.x] = sum;
+  if (threadIdx.x == 0) p.softmax[part] = {most, all};
+}
+
+// The shares of every head together. All that is read is asked for before any of it is used.
+template <int kVectors>
+__device__ void join(const Params& p, Values<kVectors>& x, float* scratch) {
+  constexpr int kAtOnce = kVectors == 1 ? 8 : 4;
+  const int parts = p.N * p.shares;
+  float2* softmax = reinterpret_cast<float2*>(scratch);
+  float* weights = scratch + 2 * parts;
+  const float2 mine = threadIdx.x < parts ? fresh(p.softmax + threadIdx.x) : float2{};
+  float4 v[kVectors][kAtOnce];
+  const auto ask = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int d = Values<kVectors>::place(i), head = d / p.H;
+      const float* from = p.parts + int64_t(head) * p.shares * p.H + (d - head * p.H);
+#pragma unroll
+      for (int s = 0; s < kAtOnce; ++s)
+        v[i][s] = d < p.D && first + s < p.shares
+                      ? fresh(reinterpret_cast<const float4*>(from + (first + s) * p.H))
+                      : float4{};
+    }
+  };
+  ask(0);
+  if (threadIdx.x < parts) softmax[threadIdx.x] = mine;
+  __syncthreads();
+  if (threadIdx.x < parts) {
+    const float2* head = softmax + threadIdx.x / p.shares * p.shares;
+    float most = kNone, all = 0;
+    for (int s = 0; s < p.shares; ++s) most = fmaxf(most, head[s].x);
+    for (int s = 0; s < p.shares; ++s) all += head[s].y * __expf(head[s].x - most);
+    weights[threadIdx.x] = __expf(mine.x - most) / all;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x.v[i][j] = 0;
+  for (int first = 0; first < p.shares; first += kAtOnce) {
+    if (first) ask(first);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int d = Values<kVectors>::place(i), head = d / p.H;
+#pragma unroll
+      for (int s = 0; s < kAtOnce; ++s)
+        if (d < p.D && first + s < p.shares) {
+          const float of = weights[head * p.shares + first + s];
+          x.v[i][0] = fmaf(of, v[i][s].x, x.v[i][0]), x.v[i][1] = fmaf(of, v[i][s].y, x.v[i][1]);
+          x.v[i][2] = fmaf(of, v[i][s].z, x.v[i][2]), x.v[i][3] = fmaf(of, v[i][s].w, x.v[i][3]);
+        }
+    }
+  }
+}
+
+__host__ __device__ int scratch_floats(const Params& p) {
+  const int attention = kWarps * (2 + p.H), shares = 3 * p.N * p.shares;
+  return attention > shares ? attention : shares;
+}
+
+template <typename W, int kVectors>
+__global__ void __launch_bounds__(kThreads, 1) step(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) char memory[];
+  char* rings = memory;
+  uint64_t* full = reinterpret_cast<uint64_t*>(rings + kWarps * p.stages * kSlot);
+  Inputs<W> inputs;
+  inputs.h = reinterpret_cast<decltype(inputs.h)>(full + kWarps * p.stages);
+  if constexpr (sizeof(W) == 1) inputs.plane = p.F;
+  float* scratch = reinterpret_cast<float*>(reinterpret_cast<char*>(inputs.h) + inputs.bytes(p.F));
+
+  Stream<W> stream(p, rings, full);
+  unsigned times = 0;
+  Values<kVectors> x;
+  Norm<kVectors> norm;
+  float here = 0;  // the residual stream at this warp's i-th output of D, in lane i
+
+  norm.load(p.embed_ln_w, p.embed_ln_b, p.D);
+  const int token = *p.token;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int at = i * 4 * kThreads + 4 * threadIdx.x;
+    for (int j = 0; j < 4; ++j) {
+      x.v[i][j] = 0;
+      if (at >= p.D) continue;
+      const W w = reinterpret_cast<const W*>(p.embed.w)[int64_t(token) * p.D + at + j];
+      x.v[i][j] = sizeof(W) == 1 ? float(w) * p.embed.scale[token] : float(w);
+    }
+  }
+  norm.apply(x, p.D, p.epsilon, scratch);
+  __syncthreads();
+  if (blockIdx.x == 0)
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = i * 4 * kThreads + 4 * threadIdx.x;
+      if (at < p.D)
+        *reinterpret_cast<float4*>(p.x + at) = {x.v[i][0], x.v[i][1], x.v[i][2], x.v[i][3]};
+    }
+
+  // The products of all layers and the head, in one place: the code of a layer, five times as long,
+  // would not stay in the cache of instructions.
+  enum { kQkv, kOut, kUp, kDown, kProducts };
+#pragma unroll 1
+  for (int step = 0; step <= kProducts * p.layers; ++step) {
+    const int kind = step % kProducts;
+    const bool is_head = step == kProducts * p.layers;
+    const Layer& layer = p.layer[is_head ? 0 : step / kProducts];
+    Product product{};
+    switch (is_head ? int(kProducts) : kind) {
+      case kQkv: product = {&layer.qkv, 3 * p.D, p.D, p.tile_D, kStore, p.qkv}; break;
+      case kOut: product = {&layer.out, p.D, p.D, p.tile_D, kAdd, p.x}; break;
+      case kUp: product = {&layer.up, p.F, p.D, p.tile_D, kGelu, p.act}; break;
+      case kDown: product = {&layer.down, p.D, p.F, p.tile_F, kAdd, p.x}; break;
+      default: product = {&p.embed, p.V, p.D, p.tile_D, kStore, p.logits};
+    }
+    const Ends ends = ends_of(stream, *product.m, product.J);
+    const bool is_normed = kind == kQkv || kind == kUp;
+    if (is_normed) {
+      const bool second = kind == kUp;
+      norm.load(is_head ? p.ln_w : second ? layer.ln2_w : layer.ln1_w,
+                is_head ? p.ln_b : second ? layer.ln2_b : layer.ln1_b, p.D);
+    }
+    if (step) meet(p, times);
+    if (kind == kOut) {
+      attend(p, stream, layer, scratch);
+      const int own = stream.warp + threadIdx.x % 32 * stream.warps;
+      if (step == kOut && own < p.D) here = fresh(p.x + own);
+      meet(p, times);
+      join(p, x, scratch);
+    } else if (is_normed) {
+      if (step) load(x, p.x, p.D);
+      norm.apply(x, p.D, p.epsilon, scratch);
+    }
+    if (kind == kDown) {
+      Values<4 * kVectors> wide;
+      load(wide, p.act, p.F);
+      inputs.set(wide, p.F, scratch);
+    } else {
+      inputs.set(x, p.D, scratch);
+    }
+    multiply(stream, product, ends, inputs, here);
+  }
+}
+
+// Bytes of a copy: the most that divide a row, and fit a slot.
+int tile_of(int64_t row) {
+  for (int tile = kSlot; tile >= 16; tile -= 16)
+    if (row % tile == 0) return tile;
+  return 0;
+}
+
+ffi::Error failed(const char* what, cudaError_t error) {
+  return ffi::Error::Internal(std::string("bloomjax: ") + what + ": " + cudaGetErrorString(error));
+}
+
+ffi::Error launch(cudaStream_t stream, Params& p, int blocks, int most) {
+  const int rest = Inputs<BLOOMJAX_WEIGHT>::bytes(p.F) + 4 * scratch_floats(p) + 64;
+  p.stages = (most - rest) / (kWarps * (kSlot + 8));
+  p.stages = p.stages > kMaxStages ? kMaxStages : p.stages;
+  if (p.stages < 2) return ffi::Error::InvalidArgument("bloomjax: too wide for shared memory");
+  const int bytes = kWarps * p.stages * (kSlot + 8) + rest;
+  const auto kernel = step<BLOOMJAX_WEIGHT, BLOOMJAX_VECTORS>;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return failed("shared memory", error);
+  if ((error = cudaMemsetAsync(p.arrived, 0, sizeof(unsigned), stream)) != cudaSuccess)
+    return failed("memset", error);
+  cudaLaunchAttribute together;
+  together.id = cudaLaunchAttributeCooperative;  // all blocks run at once, or none does
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config, kernel, p);
+  return error == cudaSuccess ? ffi::Error::Success() : failed("launch", error);
+}
+
+// Arguments: token, position, slopes, embedding's layer norm, last layer norm, embedding and its
+// scales; of each layer what `Layer` has, in its order, a matrix as values, scales, bias. Results:
+// logits, room to work in; of each layer keys and values, in place.
+ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+               int64_t layers, float epsilon) {
+  constexpr int kFirst = 9, kEach = 18;
+  if (layers > kMaxLayers || int64_t(args.size()) != kFirst + kEach * layers)
+    return ffi::Error::InvalidArgument("bloomjax: expected other arguments");
+  int next = 0;
+  const auto data = [&] { return args.get<ffi::AnyBuffer>(next++)->untyped_data(); };
+  const auto vector = [&] { return static_cast<const bf16*>(data()); };
+  const auto matrix = [&](bool biased) {
+    Matrix m{};
+    m.w = static_cast<const char*>(data());
+    m.scale = static_cast<const float*>(data());
+    m.bias = biased ? vector() : nullptr;
+    return m;
+  };
+  Params p{};
+  p.layers = layers;
+  p.epsilon = epsilon;
+  p.token = static_cast<const int*>(data());
+  p.position = static_cast<const int*>(data());
+  p.slopes = static_cast<const float*>(data());
+  p.embed_ln_w = vector(), p.embed_ln_b = vector(), p.ln_w = vector(), p.ln_b = vector();
+  const auto table = args.get<ffi::AnyBuffer>(next)->dimensions();
+  p.V = table[0], p.D = table[1];
+  p.embed = matrix(false);
+  for (int l = 0; l < layers; ++l) {
+    Layer& layer = p.layer[l];
+    layer.ln1_w = vector(), layer.ln1_b = vector();
+    layer.ln2_w = vector(), layer.ln2_b = vector();
+    layer.qkv = matrix(true), layer.out = matrix(true);
+    p.F = args.get<ffi::AnyBuffer>(next)->dimensions()[0];
+    layer.up = matrix(true), layer.down = matrix(true);
+    const auto cache = args.get<ffi::AnyBuffer>(next)->dimensions();
+    p.N = cache[1], p.S = cache[2], p.H = cache[3];
+    layer.keys = static_cast<bf16*>(data()), layer.values = static_cast<bf16*>(data());
+  }
+  int device, blocks, most;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  p.shares = blocks / p.N;
+  constexpr int each = sizeof(BLOOMJAX_WEIGHT);
+  p.tile_D = tile_of(int64_t(p.D) * each), p.tile_F = tile_of(int64_t(p.F) * each);
+  if (p.shares < 1 || p.H > kMaxHead || p.H % 8 || p.D > 1024 * BLOOMJAX_VECTORS || p.F > 4096 * BLOOMJAX_VECTORS ||
+      p.N * p.shares > kThreads || p.D > 32 * kWarps * blocks || !p.tile_D || !p.tile_F)
+    return ffi::Error::InvalidArgument("bloomjax: no kernel for these sizes on this GPU");
+
+  p.logits = static_cast<float*>((*rets.get<ffi::AnyBuffer>(0))->untyped_data());
+  ffi::Result<ffi::AnyBuffer> room = *rets.get<ffi::AnyBuffer>(1);
+  char* at = static_cast<char*>(room->untyped_data());
+  const char* end = at + room->size_bytes();
+  const auto take = [&](int64_t bytes) {
+    char* here = at;
+    at += (bytes + 127) / 128 * 128;
+    return here;
+  };
+  p.arrived = reinterpret_cast<unsigned*>(take(4));
+  p.x = reinterpret_cast<float*>(take(4 * p.D));
+  p.qkv = reinterpret_cast<float*>(take(12 * p.D));
+  p.act = reinterpret_cast<float*>(take(4 * p.F));
+  p.parts = reinterpret_cast<float*>(take(int64_t(4) * p.N * p.shares * p.H));
+  p.softmax = reinterpret_cast<float2*>(take(8 * p.N * p.shares));
+  if (at > end) return ffi::Error::InvalidArgument("bloomjax: too little room to work in");
+  return launch(stream, p, blocks, most);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BloomjaxStep, run,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("layers")
+                                  .Attr<float>("epsilon"),
+                              {ffi::Traits::kCmdBufferCompatible});
