@@ -261,12 +261,15 @@ def test_with_a_compiler_that_fails(caplog: Any, monkeypatch: Any, cache: Path) 
     assert not list(cache.iterdir())
 
 
-def test_with_a_library_that_is_none(caplog: Any, cache: Path) -> None:
-    assert cpu.kernel()
-    (made,) = cache.iterdir()
-    made.unlink()  # it is loaded
+def test_with_a_library_that_is_none(caplog: Any, monkeypatch: Any, cache: Path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(cpu, "library", lambda *arguments: asked.append(arguments) or cache)
+    fallen_back(caplog)
+    caplog.clear()
+    made = build.library(*asked[0])
+    assert made.parent == cache and build.library(*asked[0]) == made
     made.write_bytes(b"no library")
-    cpu.kernel.cache_clear()
+    monkeypatch.setattr(cpu, "library", build.library)
     assert str(made) in fallen_back(caplog)
 
 
