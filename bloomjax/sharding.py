@@ -165,12 +165,12 @@ def on_cpu() -> bool:
 
 
 def on_one_gpu() -> bool:
-    """Whether the current mesh is one GPU, which is there."""
-    return (
-        jax.default_backend() == "gpu"
-        and not on_cpu()
-        and jax.sharding.get_abstract_mesh().size == 1
-    )
+    """Whether the current mesh is one GPU of the kind that is here: not a target to compile for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size != 1 or on_cpu() or jax.default_backend() != "gpu":
+        return False
+    device = mesh.abstract_device
+    return device is None or device.device_kind == jax.local_devices()[0].device_kind
 
 
 _SIZES = {"D": "width", "N": "heads", "F": "ffn width", "V": "vocabulary", "T": "sequence length"}

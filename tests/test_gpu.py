@@ -31,6 +31,17 @@ def served() -> bool:
     return jax.default_backend() == "gpu" and bool(gpu._cores())
 
 
+def without_gpu(monkeypatch: Any) -> None:
+    """Libraries are taken as they are, though nothing can run them."""
+    real = ctypes.CDLL
+
+    def loaded(path: str) -> Any:
+        made = real(path)
+        return types.SimpleNamespace(BloomjaxStep=made.BloomjaxStep, BloomjaxRuns=lambda: 0)
+
+    monkeypatch.setattr(ctypes, "CDLL", loaded)
+
+
 def small(dtype: str, **sizes: int) -> ModelConfig:
     asked = {"layers": 2, "vocab_size": 4096} | sizes
     return dataclasses.replace(freeze(base_config("560m")).model, dtype=dtype, **asked)
@@ -132,6 +143,7 @@ def test_it_compiles(kind: str, vectors: int, monkeypatch: Any) -> None:
         return made[-1]
 
     monkeypatch.setattr(gpu, "library", noted)
+    without_gpu(monkeypatch)
     assert gpu.kernel.__wrapped__(kind, vectors).startswith("bloomjax_step_")
     assert ctypes.CDLL(str(made[0])).BloomjaxStep
 
@@ -143,6 +155,7 @@ def test_the_program_of_a_gpu_has_one_launch_a_token(monkeypatch: Any) -> None:
         pytest.skip("XLA's compiler for GPUs, or nvcc, is not installed")
     real = jax.local_devices
     monkeypatch.setattr(jax, "local_devices", lambda **asked: real(**asked) if asked else [HOPPER])
+    without_gpu(monkeypatch)
     monkeypatch.setattr(programs, "on_one_gpu", lambda: True)
     monkeypatch.setattr(gpu, "_cores", lambda: HOPPER.core_count)
     texts: list[str] = []
@@ -174,3 +187,17 @@ def test_nvcc_of_wheels_is_found(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: places)
     monkeypatch.setattr(gpu, "_TOOLKIT", tmp_path / "nowhere")
     assert gpu.compiler() == str(nvcc)
+
+
+@pytest.mark.slow
+def test_what_cannot_run_is_xlas(monkeypatch: Any, caplog: Any) -> None:
+    """A library that compiles, where there is no GPU or driver for it: one line, and no error."""
+    if gpu.compiler() is None:
+        pytest.skip("nvcc is not installed")
+    if served():
+        pytest.skip("it can run here")
+    monkeypatch.setattr(jax, "local_devices", lambda: [HOPPER])
+    with caplog.at_level("WARNING", "bloomjax"):
+        assert gpu.kernel.__wrapped__("bf16", 1) == ""
+    (record,) = caplog.records
+    assert "CUDA's error" in record.getMessage() and "\n" not in record.getMessage()

@@ -19,7 +19,7 @@ FAILURES = (OSError, AttributeError, subprocess.SubprocessError)
 _COMPILERS = {"cpu.cc": "g++ or clang++", "gpu.cu": "NVIDIA's nvcc"}
 
 _LOG = logging.getLogger("bloomjax")
-_PATIENCE = 120  # seconds that a compiler, which takes some fifteen, may take
+_PATIENCE = 120  # seconds that a compiler, which takes some fifteen or twenty, may take
 
 
 def library(source: str, compiler: str | None, flags: Sequence[str], machine: str = "") -> Path:

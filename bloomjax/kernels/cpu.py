@@ -27,7 +27,7 @@ UNIT = 32  # inputs that cpu.cc takes at a time
 _NATIVE = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
 _FLAGS = ("-std=c++17", "-O3", f"{_NATIVE}=native", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 
-_REGISTERED: set[str] = set()  # XLA takes a name once; what it calls is the same in any library
+_REGISTERED: set[str] = set()  # XLA takes a name once
 _LANES = 8  # that divide H: what cpu.cc has at most in a vector
 
 

@@ -14,8 +14,8 @@
 //
 // Letters: D width, N heads, H head dim, F ffn width, V vocabulary, S places of the cache; J outputs
 // of a product, I inputs. Weights [J, I] are bfloat16, or int8 with a scale for each output; sums
-// and the residual stream are float32; what a product with bfloat16 reads is
-// rounded to it.
+// and the residual stream are float32; what a product with bfloat16 weights
+// reads is rounded to it.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -164,7 +164,6 @@ class Stream {
 
   __device__ void enter() {
     part_ = 0;
-    if (layer_ > p_.layers) return;
     if (layer_ == p_.layers) {
       set(p_.embed, p_.V, p_.D, p_.tile_D);
       return;
@@ -382,19 +381,23 @@ struct Inputs<int8_t> {
   template <int kVectors>
   __device__ void set(const Values<kVectors>& x, int D, float* scratch) {
     float most = 0;
+    bool is_broken = false;  // no number: neither a maximum nor an integer would tell
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
       if (Values<kVectors>::place(i) < D)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) most = fmaxf(most, fabsf(x.v[i][j]));
+        for (int j = 0; j < 4; ++j) {
+          most = fmaxf(most, fabsf(x.v[i][j]));
+          is_broken |= !isfinite(x.v[i][j]);
+        }
     most = max_of_warp(most);
     float* of_warps = scratch + 4 * kWarps;  // beyond what a norm has there
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = most;
-    __syncthreads();
+    is_broken = __syncthreads_or(is_broken);
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) most = fmaxf(most, of_warps[i]);
     most = fmaxf(most, 1e-30f);
-    unit = most / 4194304.0f;
+    unit = is_broken ? nanf("") : most / 4194304.0f;
     const float units = 4194304.0f / most;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -435,8 +438,8 @@ struct Inputs<int8_t> {
   }
 };
 
-// What ends a sum: lane i has that of this warp's i-th output. Loaded ahead, as all that is small: to
-// wait for memory once for each output would cost more than the product.
+// What ends a sum: lane i has that of this warp's i-th output. Loaded ahead, for 32 outputs at once:
+// to wait for memory once for each would cost more than the product.
 struct Ends {
   float scale, bias;
 };
@@ -668,9 +671,10 @@ __device__ void join(const Params& p, Values<kVectors>& x, float* scratch) {
         }
     }
   }
+  __syncthreads();  // whoever comes first would overwrite what others still read of `weights`
 }
 
-__host__ __device__ int scratch_floats(const Params& p) {
+int scratch_floats(const Params& p) {
   const int attention = kWarps * (2 + p.H), shares = 3 * p.N * p.shares;
   return attention > shares ? attention : shares;
 }
@@ -695,7 +699,7 @@ __global__ void __launch_bounds__(kThreads, 1) step(const __grid_constant__ Para
   const int token = *p.token;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int at = i * 4 * kThreads + 4 * threadIdx.x;
+    const int at = Values<kVectors>::place(i);
     for (int j = 0; j < 4; ++j) {
       x.v[i][j] = 0;
       if (at >= p.D) continue;
@@ -708,7 +712,7 @@ __global__ void __launch_bounds__(kThreads, 1) step(const __grid_constant__ Para
   if (blockIdx.x == 0)
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int at = i * 4 * kThreads + 4 * threadIdx.x;
+      const int at = Values<kVectors>::place(i);
       if (at < p.D)
         *reinterpret_cast<float4*>(p.x + at) = {x.v[i][0], x.v[i][1], x.v[i][2], x.v[i][3]};
     }
@@ -834,10 +838,13 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
     p.N = cache[1], p.S = cache[2], p.H = cache[3];
     layer.keys = static_cast<bf16*>(data()), layer.values = static_cast<bf16*>(data());
   }
-  int device, blocks, most;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  int device = 0, blocks = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return failed("device", error);
   p.shares = blocks / p.N;
   constexpr int each = sizeof(BLOOMJAX_WEIGHT);
   p.tile_D = tile_of(int64_t(p.D) * each), p.tile_F = tile_of(int64_t(p.F) * each);
@@ -865,6 +872,15 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
 }
 
 }  // namespace
+
+// Whether this runtime and this kernel can run here: 0, or the error of CUDA that says why not.
+extern "C" int BloomjaxRuns() {
+  int device;
+  cudaFuncAttributes found;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaFuncGetAttributes(&found, step<BLOOMJAX_WEIGHT, BLOOMJAX_VECTORS>);
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(BloomjaxStep, run,
                               ffi::Ffi::Bind()

@@ -1,7 +1,8 @@
 """One token through the model in one launch (gpu.cu), for a batch of one on an NVIDIA GPU from
 Hopper on; compiled for the model and the GPU where it first runs.
 
-The compiler is nvcc, of the CUDA toolkit or of the wheels that jax[cuda13] brings. The invariant:
+The compiler is nvcc, of the CUDA toolkit or of the wheels that jax[cuda13] brings, on top of a C++
+compiler. The invariant:
 nothing here is an error; what the kernel does not serve (other GPUs, several devices or slots,
 weights in groups of a scale, a cache in eight bits) is XLA's program, and without a compiler there
 is one line in the log.
@@ -26,7 +27,9 @@ from bloomjax.kernels.build import FAILURES, fallen_back, library
 from bloomjax.kernels.packed import Packed
 from bloomjax.sharding import on_devices
 
-_HOPPER = 90  # compute capability 9.0: whose bulk copies the kernel is made of
+# Compute capabilities: Hopper's bulk copies are what the kernel is made of; from 11.0 on there may
+# be too little shared memory.
+_CAPABLE = range(90, 110)
 _BYTES = {"bf16": 2, "int8_t": 3}  # of an input of a product with such weights
 _INPUTS = 2**17  # bytes of shared memory that a product's inputs may take
 _TOOLKIT = Path("/usr/local/cuda")
@@ -60,7 +63,7 @@ def step(
         and all(a.dtype == jnp.bfloat16 for a in others)
         and (H % 8, D % 16) == (0, 0)
         and H <= 128
-        and max(N, -(-D // 256)) <= cores
+        and max(N, -(-D // 256)) <= cores <= 256
         and F <= 4 * D
         and _BYTES[kind] * F <= _INPUTS
         and len(layers) <= 128
@@ -113,7 +116,7 @@ def _cores() -> int:
     """Multiprocessors of the GPU, if it is one that the kernel is made for; else 0."""
     device = jax.local_devices()[0]
     known = getattr(device, "compute_capability", "").replace(".", "")  # of AMD's it is a name
-    is_known = known.isdigit() and int(known) >= _HOPPER
+    is_known = known.isdigit() and int(known) in _CAPABLE
     return int(getattr(device, "core_count", 0)) if is_known else 0
 
 
@@ -134,7 +137,10 @@ def kernel(kind: str, vectors: int) -> str:
     )
     try:
         path = library("gpu.cu", compiler(), flags)
-        function = ctypes.CDLL(str(path)).BloomjaxStep
+        made = ctypes.CDLL(str(path))
+        function = made.BloomjaxStep
+        if error_code := made.BloomjaxRuns():
+            raise OSError(f"{path}: CUDA's error {error_code}: expected a driver of its version")
     except FAILURES as error:
         fallen_back("GPU", error)
         return ""
