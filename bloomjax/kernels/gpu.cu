@@ -14,13 +14,13 @@
 //
 // Letters: D width, N heads, H head dim, F ffn width, V vocabulary, S places of the cache; J outputs
 // of a product, I inputs. Weights [J, I] are bfloat16, or int8 with a scale for each output; sums
-// and the residual stream are float32; what a product with bfloat16 weights
-// reads is rounded to it.
+// and the residual stream are float32; what a product with bfloat16 weights reads is rounded to it.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <string>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -61,8 +61,8 @@ struct Params {
   const bf16 *embed_ln_w, *embed_ln_b, *ln_w, *ln_b;
   Matrix embed;
   float *x, *qkv, *act, *parts, *logits;  // [D] [N 3 H] [F] [N shares H] [V]
-  float2* softmax;                  // [N shares], the largest score of a share and the sum of its weights
-  unsigned* arrived;                                // blocks at the barriers so far
+  float2* softmax;    // [N shares]: the largest score of a share, and the sum of its weights
+  unsigned* arrived;  // blocks at the barriers so far
   Layer layer[kMaxLayers];
 };
 
@@ -848,7 +848,8 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   p.shares = blocks / p.N;
   constexpr int each = sizeof(BLOOMJAX_WEIGHT);
   p.tile_D = tile_of(int64_t(p.D) * each), p.tile_F = tile_of(int64_t(p.F) * each);
-  if (p.shares < 1 || p.H > kMaxHead || p.H % 8 || p.D > 1024 * BLOOMJAX_VECTORS || p.F > 4096 * BLOOMJAX_VECTORS ||
+  if (p.shares < 1 || p.H > kMaxHead || p.H % 8 || p.D > 1024 * BLOOMJAX_VECTORS ||
+      p.F > 4096 * BLOOMJAX_VECTORS ||
       p.N * p.shares > kThreads || p.D > 32 * kWarps * blocks || !p.tile_D || !p.tile_F)
     return ffi::Error::InvalidArgument("bloomjax: no kernel for these sizes on this GPU");
 

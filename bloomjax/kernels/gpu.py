@@ -2,10 +2,9 @@
 Hopper on; compiled for the model and the GPU where it first runs.
 
 The compiler is nvcc, of the CUDA toolkit or of the wheels that jax[cuda13] brings, on top of a C++
-compiler. The invariant:
-nothing here is an error; what the kernel does not serve (other GPUs, several devices or slots,
-weights in groups of a scale, a cache in eight bits) is XLA's program, and without a compiler there
-is one line in the log.
+compiler. The invariant: nothing here is an error; what the kernel does not serve (other GPUs,
+several devices or slots, weights in groups of a scale, a cache in eight bits) is XLA's program, and
+without a compiler there is one line in the log.
 
 Letters: D width, N heads, H head dim, F ffn width, V vocabulary, S places of the cache.
 """
