@@ -1,12 +1,17 @@
-"""The kernel of one launch (kernels/gpu.cu). What it computes is compared where a GPU is that it
-serves (`JAX_PLATFORMS=cuda pytest tests/test_gpu.py`); that it compiles, and what XLA makes of a
-step with it, wherever the compilers are."""
+"""The kernel of one launch (kernels/gpu.cu). What it computes is compared in real shapes where a
+GPU is that it serves (`JAX_PLATFORMS=cuda pytest tests/test_gpu.py`), and elsewhere in small ones,
+the same source compiled for a CPU (cuda_on_cpu); that it compiles for a GPU, and what XLA makes of
+a step with it, wherever the compilers are."""
 
 import ctypes
 import dataclasses
+import functools
 import importlib.util
 import re
+import shutil
+import subprocess
 import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from bloomjax.decode.params import abstract_params
 from bloomjax.kernels import gpu
 from bloomjax.sharding import decode_mesh
 
-LENGTH = 2048  # places of a slot
+CORES = 16  # of the GPU that is emulated
 HOPPER = types.SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
 
 
@@ -66,6 +71,17 @@ def random_params(config: ModelConfig, mesh: Any, quantize: str) -> Any:
     return jax.tree.unflatten(tree, [draw(i, leaf) for i, leaf in enumerate(leaves)])
 
 
+def random_cache(config: ModelConfig, length: int) -> Cache:
+    empty = jax.jit(programs.empty_state, static_argnums=(0, 1, 2, 3))
+
+    def filled(i: int, held: Held) -> Held:
+        noise = jax.random.normal(jax.random.key(i), held.values.shape, jnp.bfloat16)
+        return Held(jax.device_put(noise, held.values.sharding), None)
+
+    like = empty(config, 1, length, "auto").cache
+    return Cache(*(tuple(filled(i, held) for i, held in enumerate(half)) for half in like))
+
+
 def wide(tree: Any) -> Any:
     return jax.tree.map(lambda a: a.astype("float32") if a.dtype == jnp.bfloat16 else a, tree)
 
@@ -81,45 +97,91 @@ def wide(tree: Any) -> Any:
         (256, 8, "none"),  # fewer outputs than warps
     ],
 )
-def test_a_step_is_that_of_float32(
-    width: int, heads: int, quantize: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nearer to it than XLA's program in bfloat16, and the cache as that program leaves it."""
+def test_a_step_on_a_gpu(width: int, heads: int, quantize: str, monkeypatch: Any) -> None:
     if not served():
         pytest.skip("no GPU that the kernel serves")
     config = small("bfloat16", width=width, heads=heads)
+    compare(config, quantize, 2048, (0, 1, 15, 37, 1999, 2047), monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "heads", "quantize"),
+    [
+        (256, 8, "none"),
+        (256, 4, "int8"),  # four blocks share a head
+        (640, 8, "none"),  # heads of 80, rows that are no whole copies
+        (1280, 16, "int8"),  # more than four numbers a thread
+    ],
+)
+def test_a_step_on_an_emulated_gpu(
+    width: int, heads: int, quantize: str, monkeypatch: Any, emulated: None
+) -> None:
+    config = small("bfloat16", width=width, heads=heads, vocab_size=512)
+    compare(config, quantize, 256, (0, 1, 37, 255), monkeypatch)
+
+
+@pytest.fixture
+def emulated(monkeypatch: Any, emulation: Callable[[str, int], str]) -> None:
+    """A CPU that the kernel serves."""
+    monkeypatch.setattr(gpu, "_cores", lambda: CORES)
+    monkeypatch.setattr(gpu, "kernel", emulation)
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: Any) -> Callable[[str, int], str]:
+    """As `gpu.kernel`, but compiled for this CPU."""
+    compiler = shutil.which("c++")
+    if compiler is None or jax.default_backend() != "cpu":
+        pytest.skip("a C++ compiler is not installed, or there is a GPU")
+
+    @functools.cache
+    def kernel(kind: str, vectors: int) -> str:
+        folder = tmp_path_factory.mktemp("emulation")
+        source = shutil.copy(Path(gpu.__file__).parent / "gpu.cu", folder)  # not its hopper.cuh
+        flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w"]
+        sizes = {"EMULATED_CORES": CORES, "BLOOMJAX_WEIGHT": kind, "BLOOMJAX_VECTORS": vectors}
+        defined = [f"-D{name}={value}" for name, value in sizes.items()]
+        headers = f"-I{Path(__file__).parent / 'cuda_on_cpu'}", f"-I{jax.ffi.include_dir()}"
+        command = [compiler, *flags, *defined, *headers, "-fPIC", "-shared", "-x", "c++", source]
+        subprocess.run([*command, "-o", folder / "made.so"], check=True)
+        made = ctypes.CDLL(str(folder / "made.so"))
+        assert made.BloomjaxRuns() == 0
+        name = f"bloomjax_step_{kind}_{vectors}"
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(made.BloomjaxStep), platform="cpu")
+        return name
+
+    return kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_broken_numbers_stay_broken(quantize: str, monkeypatch: Any, emulated: None) -> None:
+    """A scale that is no number, in the first layer, is seen in every logit."""
+    config = small("bfloat16", width=256, heads=8, vocab_size=512)
     mesh = decode_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        params = random_params(config, mesh, quantize)
-        empty = jax.jit(programs.empty_state, static_argnums=(0, 1, 2, 3))
-        like = empty(config, 1, LENGTH, "auto").cache
+        params, cache = random_params(config, mesh, quantize), random_cache(config, 64)
+        broken = params["blocks"][0]["ln1_w"].at[7].set(jnp.nan)
+        params["blocks"][0]["ln1_w"] = broken
+        logits_1V, _ = a_step(config, params, cache, True, monkeypatch)(3)
+    assert np.isnan(logits_1V).all()
 
-        def filled(i: int, held: Held) -> Held:
-            noise = jax.random.normal(jax.random.key(i), held.values.shape, jnp.bfloat16)
-            return Held(jax.device_put(noise, held.values.sharding), None)
 
-        cache = Cache(*(tuple(filled(j, held) for j, held in enumerate(half)) for half in like))
-
-        def step(dtype: str, in_one: bool, position: int) -> Any:
-            monkeypatch.setattr(programs, "on_one_gpu", lambda: in_one)
-            asked = dataclasses.replace(config, dtype=dtype)
-
-            @jax.jit
-            def run(params: Any, cache: Cache, token: jax.Array, place: jax.Array) -> Any:
-                bloom = model.bind(asked, params, unrolled=True)
-                return programs.advance(bloom, cache, token, place)
-
-            given = (params, cache) if dtype == "bfloat16" else (wide(params), wide(cache))
-            text = run.lower(*given, *at(position)).as_text()
-            assert ("bloomjax_step" in text) == in_one
-            return run(*given, *at(position))
-
-        def at(position: int) -> tuple[jax.Array, jax.Array]:
-            return jnp.array([position % 1000 + 3], jnp.int32), jnp.array([position], jnp.int32)
-
-        for position in (0, 1, 15, 37, 1999, LENGTH - 1):
-            exact = step("float32", False, position)[0]
-            ours, theirs = (step("bfloat16", in_one, position) for in_one in (True, False))
+def compare(
+    config: ModelConfig, quantize: str, length: int, positions: Sequence[int], monkeypatch: Any
+) -> None:
+    """A step in bfloat16 by the kernel is nearer to float32's than XLA's program is, and leaves the
+    cache as that does."""
+    mesh = decode_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params, cache = random_params(config, mesh, quantize), random_cache(config, length)
+        wide_config = dataclasses.replace(config, dtype="float32")
+        in_float32 = a_step(wide_config, wide(params), wide(cache), False, monkeypatch)
+        both = [a_step(config, params, cache, in_one, monkeypatch) for in_one in (True, False)]
+        for position in positions:
+            exact = in_float32(position)[0]
+            ours, theirs = (step(position) for step in both)
             off = [float(abs(one[0] - exact).max() / abs(exact).max()) for one in (ours, theirs)]
             assert off[0] < 4e-3 and off[0] < off[1]
             for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
@@ -127,6 +189,25 @@ def test_a_step_is_that_of_float32(
                 assert difference.max() < 0.1  # of numbers of size 1: where both round
                 changed = np.flatnonzero(difference.max((0, 1, 3)))
                 assert set(changed) <= {position}
+
+
+def a_step(
+    config: ModelConfig, params: Any, cache: Cache, in_one: bool, monkeypatch: Any
+) -> Callable[[int], tuple[jax.Array, Cache]]:
+    """A function of the position: logits and cache after a token there."""
+    monkeypatch.setattr(programs, "on_one_gpu", lambda: in_one)
+
+    @jax.jit
+    def run(params: Any, cache: Cache, token: jax.Array, place: jax.Array) -> Any:
+        return programs.advance(model.bind(config, params, unrolled=True), cache, token, place)
+
+    def at(position: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.array([position % 500 + 3], jnp.int32), jnp.array([position], jnp.int32)
+
+    lowered = run.lower(params, cache, *at(0))
+    assert ("bloomjax_step" in lowered.as_text()) == in_one
+    compiled = lowered.compile()
+    return lambda position: compiled(params, cache, *at(position))
 
 
 @pytest.mark.slow
@@ -169,7 +250,7 @@ def test_the_program_of_a_gpu_has_one_launch_a_token(monkeypatch: Any) -> None:
     monkeypatch.setattr(aot, "_compile", noted)
     config = small("bfloat16", width=1024, heads=16)
     devices = aot.devices(aot.target("gpu-h200:1x1"))
-    program = aot.compile_decode(config, MeshConfig(), devices, slots=1, length=LENGTH)
+    program = aot.compile_decode(config, MeshConfig(), devices, slots=1, length=2048)
     assert len(re.findall('custom_call_target="bloomjax_step', texts[0])) == 1
     assert "output_to_operand_aliasing" in texts[0] and not program.weights_written
     assert all(" by ffi_call" in written for written in program.cache_written)  # in place, that is

@@ -22,14 +22,18 @@ _LOG = logging.getLogger("bloomjax")
 _PATIENCE = 120  # seconds that a compiler, which takes some fifteen or twenty, may take
 
 
-def library(source: str, compiler: str | None, flags: Sequence[str], machine: str = "") -> Path:
+def library(
+    sources: Sequence[str], compiler: str | None, flags: Sequence[str], machine: str = ""
+) -> Path:
     """The shared library of a file beside this one, compiled unless the cache has it.
 
-    `machine` is what it depends on beside its source and `flags`. One of FAILURES, if it cannot be
-    had.
+    The file is the first of `sources`, which includes the others; `machine` is what it depends on
+    beside them and `flags`. One of FAILURES, if it cannot be had.
     """
-    code = importlib.resources.files(__package__).joinpath(source).read_bytes()
-    key = (code, *map(str.encode, (*flags, machine, importlib.metadata.version("jaxlib"))))
+    here = importlib.resources.files(__package__)
+    code = {source: here.joinpath(source).read_bytes() for source in sources}
+    words = (*flags, machine, importlib.metadata.version("jaxlib"))
+    key = (*code.values(), *map(str.encode, words))
     digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:32]
     if (cache := cache_folder()) is None:
         raise FileNotFoundError("expected a home for the cache, found none: set XDG_CACHE_HOME")
@@ -37,12 +41,14 @@ def library(source: str, compiler: str | None, flags: Sequence[str], machine: st
     if path.exists():
         return path
     if compiler is None:
-        raise FileNotFoundError(f"expected a compiler, found none: install {_COMPILERS[source]}")
+        needed = _COMPILERS[sources[0]]
+        raise FileNotFoundError(f"expected a compiler, found none: install {needed}")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _LOG.info("compiling the kernels of decoding for this machine, once")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # processes may race to here
-        written, made = Path(folder) / source, Path(folder) / "made.so"
-        written.write_bytes(code)
+        for source in sources:
+            (Path(folder) / source).write_bytes(code[source])
+        written, made = Path(folder) / sources[0], Path(folder) / "made.so"
         headers = f"-I{jax.ffi.include_dir()}"
         command = (compiler, *flags, headers, str(written), "-o", str(made))
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)

@@ -77,7 +77,7 @@ def kernel() -> str:
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     try:
-        path = library("cpu.cc", compiler, _FLAGS, _processor())
+        path = library(("cpu.cc",), compiler, _FLAGS, _processor())
         made = ctypes.CDLL(str(path))
         functions = {"multiply": made.BloomjaxMultiply, "attend": made.BloomjaxAttend}
     except FAILURES as error:

@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <string>
 
+#include "hopper.cuh"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -29,6 +30,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 using bf16 = __nv_bfloat16;
+using hopper::fresh;
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kSlot = 4096;      // bytes of the ring that a copy fills at most
@@ -65,16 +67,6 @@ struct Params {
   unsigned* arrived;  // blocks at the barriers so far
   Layer layer[kMaxLayers];
 };
-
-// Memory that other blocks write while the kernel runs is read past the first cache.
-template <typename T>
-__device__ T fresh(const T* p) {
-  return __ldcg(p);
-}
-
-__device__ uint32_t shared(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 __device__ float sum_of_warp(float x) {
 #pragma unroll
@@ -117,13 +109,8 @@ class Stream {
     first_tile = head < p.N ? int(tiles * place / sharers) : 0;
     last_tile = head < p.N ? int(tiles * (place + 1) / sharers) : 0;
     ring_ = rings + mine * p.stages * kSlot;
-    full_ = shared(full + mine * p.stages);
-    if (threadIdx.x % 32 == 0) {
-      for (int i = 0; i < p.stages; ++i)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full_ + 8 * i) : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
+    full_ = hopper::shared(full + mine * p.stages);
+    if (threadIdx.x % 32 == 0) hopper::make_barriers(full_, p.stages);
     __syncwarp();
     enter();
     for (int i = 0; i < p.stages; ++i) start(i);
@@ -131,16 +118,7 @@ class Stream {
 
   // The next bytes, once they are here.
   __device__ const char* take() {
-    const uint32_t bar = full_ + 8 * slot_;
-    uint32_t done = 0;
-    while (!done) {
-      asm volatile(
-          "{\n .reg .pred p;\n"
-          " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-          " selp.u32 %0, 1, 0, p;\n}"
-          : "=r"(done)
-          : "r"(bar), "r"(parity_)
-          : "memory");
+    while (!hopper::is_over(full_ + 8 * slot_, parity_)) {
     }
     return ring_ + slot_ * kSlot;
   }
@@ -219,15 +197,8 @@ class Stream {
         item_ += warps;
       }
     }
-    if (threadIdx.x % 32 == 0) {
-      const uint32_t bar = full_ + 8 * slot;
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-                   : "memory");
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-          ::"r"(shared(ring_ + slot * kSlot)), "l"(source), "r"(bytes), "r"(bar)
-          : "memory");
-    }
+    if (threadIdx.x % 32 == 0)
+      hopper::copy(ring_ + slot * kSlot, source, bytes, full_ + 8 * slot);
   }
 
   const Params& p_;
@@ -246,11 +217,9 @@ __device__ void meet(const Params& p, unsigned& times) {
   __syncthreads();
   if (threadIdx.x == 0) {
     const unsigned all = ++times * gridDim.x;
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrived) : "memory");
-    unsigned seen;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(p.arrived) : "memory");
-    } while (seen < all);
+    hopper::arrive(p.arrived);
+    while (hopper::count(p.arrived) < all) {
+    }
   }
   __syncthreads();
 }
@@ -681,8 +650,7 @@ int scratch_floats(const Params& p) {
 
 template <typename W, int kVectors>
 __global__ void __launch_bounds__(kThreads, 1) step(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) char memory[];
-  char* rings = memory;
+  char* rings = hopper::memory_of_block();
   uint64_t* full = reinterpret_cast<uint64_t*>(rings + kWarps * p.stages * kSlot);
   Inputs<W> inputs;
   inputs.h = reinterpret_cast<decltype(inputs.h)>(full + kWarps * p.stages);

@@ -135,7 +135,7 @@ def kernel(kind: str, vectors: int) -> str:
         *("-Xcompiler", "-fPIC", "-shared", "-w"),
     )
     try:
-        path = library("gpu.cu", compiler(), flags)
+        path = library(("gpu.cu", "hopper.cuh"), compiler(), flags)
         made = ctypes.CDLL(str(path))
         function = made.BloomjaxStep
         if error_code := made.BloomjaxRuns():
