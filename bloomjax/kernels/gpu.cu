@@ -68,6 +68,35 @@ struct Params {
   Layer layer[kMaxLayers];
 };
 
+// The products of a token, in their order: four of every layer, and the head.
+enum Kind { kQkv, kOut, kUp, kDown, kKinds, kHead = kKinds };
+
+__device__ Kind kind_of(const Params& p, int step) {
+  return step < kKinds * p.layers ? Kind(step % kKinds) : kHead;
+}
+
+// What becomes of a product's outputs.
+enum Fate { kStore, kGelu, kAdd };
+
+struct Product {
+  const Matrix* m;
+  int J, I, tile;
+  Fate fate;
+  float* y;
+};
+
+__device__ Product product_of(const Params& p, int step) {
+  const Kind kind = kind_of(p, step);
+  const Layer& layer = p.layer[kind == kHead ? 0 : step / kKinds];
+  switch (kind) {
+    case kQkv: return {&layer.qkv, 3 * p.D, p.D, p.tile_D, kStore, p.qkv};
+    case kOut: return {&layer.out, p.D, p.D, p.tile_D, kAdd, p.x};
+    case kUp: return {&layer.up, p.F, p.D, p.tile_D, kGelu, p.act};
+    case kDown: return {&layer.down, p.D, p.F, p.tile_F, kAdd, p.x};
+    default: return {&p.embed, p.V, p.D, p.tile_D, kStore, p.logits};
+  }
+}
+
 __device__ float sum_of_warp(float x) {
 #pragma unroll
   for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
@@ -138,49 +167,33 @@ class Stream {
   int first_tile, last_tile;  // that are this warp's
 
  private:
-  enum Kind { kQkv, kAttention, kOut, kUp, kDown, kKinds };
-
+  // Before the output of the heads comes the cache.
   __device__ void enter() {
     part_ = 0;
-    if (layer_ == p_.layers) {
-      set(p_.embed, p_.V, p_.D, p_.tile_D);
+    attends_ = kind_of(p_, step_) == kOut && !attends_;
+    if (attends_) {
+      item_ = first_tile, end_ = last_tile;
       return;
     }
-    const Layer& layer = p_.layer[layer_];
-    switch (kind_) {
-      case kQkv: return set(layer.qkv, 3 * p_.D, p_.D, p_.tile_D);
-      case kOut: return set(layer.out, p_.D, p_.D, p_.tile_D);
-      case kUp: return set(layer.up, p_.F, p_.D, p_.tile_D);
-      case kDown: return set(layer.down, p_.D, p_.F, p_.tile_F);
-      default: item_ = first_tile, end_ = last_tile;
-    }
+    const Product product = product_of(p_, step_);
+    base_ = product.m->w;
+    item_ = warp, end_ = product.J;
+    row_ = product.I * int(sizeof(W));
+    tile_ = product.tile;
   }
-
-  __device__ void set(const Matrix& m, int J, int I, int tile) {
-    base_ = m.w;
-    item_ = warp;
-    end_ = J;
-    row_ = I * int(sizeof(W));
-    tile_ = tile;
-  }
-
-  __device__ bool attends() const { return layer_ < p_.layers && kind_ == kAttention; }
 
   // Starts the next copy, into a slot that nobody reads any more.
   __device__ void start(int slot) {
     while (item_ >= end_) {
-      if (layer_ >= p_.layers) return;
-      if (++kind_ == kKinds) {
-        kind_ = 0;
-        ++layer_;
-      }
-      enter();
+      if (step_ > kKinds * p_.layers) return;  // all is asked for
+      if (!attends_) ++step_;
+      if (step_ <= kKinds * p_.layers) enter();
     }
     const char* source;
     int bytes;
-    if (attends()) {
+    if (attends_) {
       const int first = item_ * tile_places, each = 2 * p_.H;
-      const Layer& layer = p_.layer[layer_];
+      const Layer& layer = p_.layer[step_ / kKinds];
       const bf16* held = part_ ? layer.values : layer.keys;
       const int64_t place = int64_t(head) * p_.S + first;
       source = reinterpret_cast<const char*>(held) + place * each;
@@ -208,7 +221,8 @@ class Stream {
   int slot_ = 0;
   uint32_t parity_ = 0;
   // What is copied next.
-  int layer_ = 0, kind_ = 0, item_ = 0, end_ = 0, part_ = 0, row_ = 0, tile_ = 0;
+  int step_ = 0, item_ = 0, end_ = 0, part_ = 0, row_ = 0, tile_ = 0;
+  bool attends_ = false;
   const char* base_ = nullptr;
 };
 
@@ -424,16 +438,6 @@ __device__ float gelu(float x) {
   return 0.5f * x * (1.0f + tanhf(0.79788456f * x * (1.0f + 0.044715f * x * x)));
 }
 
-// What becomes of a product's outputs.
-enum Fate { kStore, kGelu, kAdd };
-
-struct Product {
-  const Matrix* m;
-  int J, I, tile;
-  Fate fate;
-  float* y;
-};
-
 // This warp's outputs of a product; a lane has one of 32 of them at the end. `here` is what the
 // residual stream is at lane i's output, of a product that adds to it.
 template <typename W>
@@ -492,37 +496,31 @@ __device__ void attend(const Params& p, Stream<W>& stream, const Layer& layer, f
   const float slope = p.slopes[head], root = rsqrtf(float(H));
   const float* qkv = p.qkv + int64_t(head) * 3 * H;
   float q[kPairs][2], out[kPairs][2];
-  float largest = kNone, total = 0;  // the total in parts, a lane each
+  const bool has_new = share == 0 && mine == 0;  // the key and value of this token
+  float score = 0;
 #pragma unroll
   for (int c = 0; c < kPairs; ++c) {
     const int d = 64 * c + 2 * lane;
     q[c][0] = d < H ? fresh(qkv + d) * root : 0;
     q[c][1] = d < H ? fresh(qkv + d + 1) * root : 0;
     out[c][0] = out[c][1] = 0;
-  }
-  if (share == 0 && mine == 0) {
-    float score = 0;
-#pragma unroll
-    for (int c = 0; c < kPairs; ++c) {
-      const int d = 64 * c + 2 * lane;
-      if (d < H) {
-        const int64_t at = (int64_t(head) * p.S + position) * H + d;
-        const uint32_t k = rounded(fresh(qkv + H + d), fresh(qkv + H + d + 1));
-        const uint32_t v = rounded(fresh(qkv + 2 * H + d), fresh(qkv + 2 * H + d + 1));
-        *reinterpret_cast<uint32_t*>(layer.keys + at) = k;
-        *reinterpret_cast<uint32_t*>(layer.values + at) = v;
-        score += q[c][0] * low(k) + q[c][1] * high(k);
-        out[c][0] = low(v), out[c][1] = high(v);
-      }
+    if (has_new && d < H) {
+      const int64_t at = (int64_t(head) * p.S + position) * H + d;
+      const uint32_t k = rounded(fresh(qkv + H + d), fresh(qkv + H + d + 1));
+      const uint32_t v = rounded(fresh(qkv + 2 * H + d), fresh(qkv + 2 * H + d + 1));
+      *reinterpret_cast<uint32_t*>(layer.keys + at) = k;
+      *reinterpret_cast<uint32_t*>(layer.values + at) = v;
+      score += q[c][0] * low(k) + q[c][1] * high(k);
+      out[c][0] = low(v), out[c][1] = high(v);
     }
-    largest = sum_of_warp(score);
-    total = lane == 0;
   }
+  float largest = has_new ? sum_of_warp(score) : kNone;
+  float total = has_new && lane == 0;  // in parts, a lane each
   for (int tile = stream.first_tile; tile < stream.last_tile; ++tile) {
     const int start = tile * stream.tile_places;
     const int here = min(stream.tile_places, position - start);
     const char* keys = stream.take();
-    float score = 0;
+    score = 0;
     for (int some = 0; some < here; some += kPlaces) {  // at once, for the sake of their latency
       float s[kPlaces] = {};
 #pragma unroll
@@ -685,29 +683,18 @@ __global__ void __launch_bounds__(kThreads, 1) step(const __grid_constant__ Para
         *reinterpret_cast<float4*>(p.x + at) = {x.v[i][0], x.v[i][1], x.v[i][2], x.v[i][3]};
     }
 
-  // The products of all layers and the head, in one place: the code of a layer, five times as long,
-  // would not stay in the cache of instructions.
-  enum { kQkv, kOut, kUp, kDown, kProducts };
+  // All products in one place: the code of a layer, five times as long, would not stay in the cache
+  // of instructions.
 #pragma unroll 1
-  for (int step = 0; step <= kProducts * p.layers; ++step) {
-    const int kind = step % kProducts;
-    const bool is_head = step == kProducts * p.layers;
-    const Layer& layer = p.layer[is_head ? 0 : step / kProducts];
-    Product product{};
-    switch (is_head ? int(kProducts) : kind) {
-      case kQkv: product = {&layer.qkv, 3 * p.D, p.D, p.tile_D, kStore, p.qkv}; break;
-      case kOut: product = {&layer.out, p.D, p.D, p.tile_D, kAdd, p.x}; break;
-      case kUp: product = {&layer.up, p.F, p.D, p.tile_D, kGelu, p.act}; break;
-      case kDown: product = {&layer.down, p.D, p.F, p.tile_F, kAdd, p.x}; break;
-      default: product = {&p.embed, p.V, p.D, p.tile_D, kStore, p.logits};
-    }
+  for (int step = 0; step <= kKinds * p.layers; ++step) {
+    const Kind kind = kind_of(p, step);
+    const Layer& layer = p.layer[kind == kHead ? 0 : step / kKinds];
+    const Product product = product_of(p, step);
     const Ends ends = ends_of(stream, *product.m, product.J);
-    const bool is_normed = kind == kQkv || kind == kUp;
-    if (is_normed) {
-      const bool second = kind == kUp;
-      norm.load(is_head ? p.ln_w : second ? layer.ln2_w : layer.ln1_w,
-                is_head ? p.ln_b : second ? layer.ln2_b : layer.ln1_b, p.D);
-    }
+    const bool is_normed = kind == kQkv || kind == kUp || kind == kHead;
+    if (is_normed)
+      norm.load(kind == kHead ? p.ln_w : kind == kUp ? layer.ln2_w : layer.ln1_w,
+                kind == kHead ? p.ln_b : kind == kUp ? layer.ln2_b : layer.ln1_b, p.D);
     if (step) meet(p, times);
     if (kind == kOut) {
       attend(p, stream, layer, scratch);
