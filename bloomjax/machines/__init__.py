@@ -2,7 +2,7 @@
 
 A file beside this one holds `name`, the prefix of JAX's `device_kind`, and `figures`: for each
 field of `Machine` a value, where it comes from, and how far to trust it (measured: by the source
-named; sheet: the vendor's; calibrated: by benchmarks/calibration.py; estimate). Units are bytes,
+named; sheet: the vendor's; calibrated: from measured steps, as its source says; estimate). Units are bytes,
 seconds, and bytes or FLOP a second.
 """
 
@@ -37,7 +37,7 @@ class Machine:
     link_latency: float  # a hop
     # How small collectives may run: (seconds to start, seconds a hop, share of the links' rate).
     protocols: tuple[tuple[float, float, float], ...]
-    launch: float  # seconds from one small kernel to the next
+    launch: float  # seconds from one small kernel of a step to the next
     network_bytes: float  # a device's share of its node's links to other nodes (slices)
     network_share: float
     network_latency: float
