@@ -73,16 +73,27 @@ def test_the_cache_of_176b() -> None:
 
 def test_one_token_by_hand() -> None:
     """176B on eight H200: 352.5 GB at 4,301 GB/s; 141 sums of 28,672 bytes, each 6.6 us and 14 hops
-    of 0.6; sixteen kernels a layer."""
+    of 0.6; sixteen kernels a layer, 2.1 us each."""
     found = best("gpu-h200", 8, 1)
     assert found.layout.tensor == 8 and found.bound_by == "bytes of weights"
     assert found.seconds["bytes of weights"] == pytest.approx(352.5e9 / 8 / 4.301e12, rel=2e-3)
     latency = 141 * (6.6e-6 + 14 * 0.6e-6) + (6.6e-6 + 7 * 0.6e-6)
     assert found.seconds["latency of collectives"] == pytest.approx(latency, rel=1e-3)
-    assert found.seconds["launches"] == pytest.approx((16 * 70 + 15) * 1.3e-6)
+    assert found.seconds["launches"] == pytest.approx((16 * 70 + 15) * 2.1e-6)
     sums = [one for one in found.exchanges if one.kind == "all-reduce"]
     assert sum(one.count for one in sums) == 141
     assert all(one.sent == pytest.approx(2 * 7 / 8 * 14336 * 2) for one in sums)
+
+
+@pytest.mark.parametrize(
+    ("size", "slots", "milliseconds"), [("560m", 1, 1.135), ("560m", 8, 1.488), ("7b1", 1, 5.021)]
+)
+def test_what_steps_took_on_an_h200(size: str, slots: int, milliseconds: float) -> None:
+    """XLA's programs, behind 1,900 tokens (benchmarks/results/decode-gpu-by-hand-2026-11-26.json).
+    The time between kernels was fitted to those of 560m."""
+    layout = Layout(model(size), 1, 1, slots, 1908)
+    found = estimate(layout, machine("gpu-h200"))
+    assert found.step_seconds == pytest.approx(milliseconds / 1e3, rel=0.1)
 
 
 def test_a_prompt_by_hand() -> None:

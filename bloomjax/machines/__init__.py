@@ -2,8 +2,8 @@
 
 A file beside this one holds `name`, the prefix of JAX's `device_kind`, and `figures`: for each
 field of `Machine` a value, where it comes from, and how far to trust it (measured: by the source
-named; sheet: the vendor's; calibrated: from measured steps, as its source says; estimate). Units are bytes,
-seconds, and bytes or FLOP a second.
+named; sheet: the vendor's; calibrated: from measured steps, as its source says; estimate). Units
+are bytes, seconds, and bytes or FLOP a second.
 """
 
 import dataclasses
