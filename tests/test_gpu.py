@@ -10,6 +10,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from bloomjax.decode.params import abstract_params
 from bloomjax.kernels import gpu
 from bloomjax.sharding import decode_mesh
 
-CORES = 16  # of the GPU that is emulated
+CORES = 18  # of the GPU that is emulated: no multiple of the heads, as on real ones
 HOPPER = types.SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
 
 
@@ -62,7 +63,7 @@ def random_params(config: ModelConfig, mesh: Any, quantize: str) -> Any:
         elif like.dtype == jnp.float32:
             value = 3e-4 * (1 + jax.random.uniform(key, like.shape))  # scales
         else:
-            is_matrix = len(like.shape) == 2 and like.shape[0] * like.shape[1] > 40_000
+            is_matrix = len(like.shape) == 2 and like.shape[0] * like.shape[1] > 16_000
             shift, spread = (0.0, 0.02) if is_matrix else (1.0, 0.1)
             value = shift + spread * jax.random.normal(key, like.shape)
         return jax.device_put(value.astype(like.dtype), like.sharding)
@@ -108,9 +109,9 @@ def test_a_step_on_a_gpu(width: int, heads: int, quantize: str, monkeypatch: Any
 @pytest.mark.parametrize(
     ("width", "heads", "quantize"),
     [
-        (256, 8, "none"),
-        (256, 4, "int8"),  # four blocks share a head
-        (640, 8, "none"),  # heads of 80, rows that are no whole copies
+        (128, 4, "none"),  # fewer outputs than warps
+        (256, 2, "int8"),  # nine blocks share a head
+        (640, 8, "none"),  # heads of 80, rows of F in two copies
         (1280, 16, "int8"),  # more than four numbers a thread
     ],
 )
@@ -132,14 +133,15 @@ def emulated(monkeypatch: Any, emulation: Callable[[str, int], str]) -> None:
 def emulation(tmp_path_factory: Any) -> Callable[[str, int], str]:
     """As `gpu.kernel`, but compiled for this CPU."""
     compiler = shutil.which("c++")
-    if compiler is None or jax.default_backend() != "cpu":
-        pytest.skip("a C++ compiler is not installed, or there is a GPU")
+    if compiler is None or sys.platform != "linux" or jax.default_backend() != "cpu":
+        pytest.skip("no C++ compiler on Linux, or there is a GPU")
 
     @functools.cache
     def kernel(kind: str, vectors: int) -> str:
         folder = tmp_path_factory.mktemp("emulation")
         source = shutil.copy(Path(gpu.__file__).parent / "gpu.cu", folder)  # not its hopper.cuh
-        flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w"]
+        flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-w"]
+        flags.append("-U_FORTIFY_SOURCE")  # which refuses a longjmp from stack to stack
         sizes = {"EMULATED_CORES": CORES, "BLOOMJAX_WEIGHT": kind, "BLOOMJAX_VECTORS": vectors}
         defined = [f"-D{name}={value}" for name, value in sizes.items()]
         headers = f"-I{Path(__file__).parent / 'cuda_on_cpu'}", f"-I{jax.ffi.include_dir()}"
@@ -154,7 +156,6 @@ def emulation(tmp_path_factory: Any) -> Callable[[str, int], str]:
     return kernel
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_broken_numbers_stay_broken(quantize: str, monkeypatch: Any, emulated: None) -> None:
     """A scale that is no number, in the first layer, is seen in every logit."""

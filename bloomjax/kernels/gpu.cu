@@ -68,18 +68,18 @@ struct Params {
   Layer layer[kMaxLayers];
 };
 
-// The products of a token, in their order: four of every layer, and the head.
-enum Kind { kQkv, kOut, kUp, kDown, kKinds, kHead = kKinds };
+// The products of a token, in their order: four of every layer, and the logits.
+enum Kind { kQkv, kOut, kUp, kDown, kKinds, kLogits = kKinds };
 
 __device__ Kind kind_of(const Params& p, int step) {
-  return step < kKinds * p.layers ? Kind(step % kKinds) : kHead;
+  return step < kKinds * p.layers ? Kind(step % kKinds) : kLogits;
 }
 
 // What becomes of a product's outputs.
 enum Fate { kStore, kGelu, kAdd };
 
 struct Product {
-  const Matrix* m;
+  Matrix m;
   int J, I, tile;
   Fate fate;
   float* y;
@@ -87,13 +87,13 @@ struct Product {
 
 __device__ Product product_of(const Params& p, int step) {
   const Kind kind = kind_of(p, step);
-  const Layer& layer = p.layer[kind == kHead ? 0 : step / kKinds];
+  const Layer& layer = p.layer[kind == kLogits ? 0 : step / kKinds];
   switch (kind) {
-    case kQkv: return {&layer.qkv, 3 * p.D, p.D, p.tile_D, kStore, p.qkv};
-    case kOut: return {&layer.out, p.D, p.D, p.tile_D, kAdd, p.x};
-    case kUp: return {&layer.up, p.F, p.D, p.tile_D, kGelu, p.act};
-    case kDown: return {&layer.down, p.D, p.F, p.tile_F, kAdd, p.x};
-    default: return {&p.embed, p.V, p.D, p.tile_D, kStore, p.logits};
+    case kQkv: return {layer.qkv, 3 * p.D, p.D, p.tile_D, kStore, p.qkv};
+    case kOut: return {layer.out, p.D, p.D, p.tile_D, kAdd, p.x};
+    case kUp: return {layer.up, p.F, p.D, p.tile_D, kGelu, p.act};
+    case kDown: return {layer.down, p.D, p.F, p.tile_F, kAdd, p.x};
+    default: return {p.embed, p.V, p.D, p.tile_D, kStore, p.logits};
   }
 }
 
@@ -167,7 +167,7 @@ class Stream {
   int first_tile, last_tile;  // that are this warp's
 
  private:
-  // Before the output of the heads comes the cache.
+  // Before `kOut` come this warp's places of the cache.
   __device__ void enter() {
     part_ = 0;
     attends_ = kind_of(p_, step_) == kOut && !attends_;
@@ -176,7 +176,7 @@ class Stream {
       return;
     }
     const Product product = product_of(p_, step_);
-    base_ = product.m->w;
+    base_ = product.m.w;
     item_ = warp, end_ = product.J;
     row_ = product.I * int(sizeof(W));
     tile_ = product.tile;
@@ -185,9 +185,9 @@ class Stream {
   // Starts the next copy, into a slot that nobody reads any more.
   __device__ void start(int slot) {
     while (item_ >= end_) {
-      if (step_ > kKinds * p_.layers) return;  // all is asked for
+      if (step_ == kKinds * p_.layers) return;  // all is asked for
       if (!attends_) ++step_;
-      if (step_ <= kKinds * p_.layers) enter();
+      enter();
     }
     const char* source;
     int bytes;
@@ -447,7 +447,7 @@ __device__ void multiply(Stream<W>& stream, const Product& product, Ends ends,
   const int lane = threadIdx.x % 32, each = sizeof(W), J = product.J, tile = product.tile;
   const int outputs = stream.warp < J ? (J - stream.warp - 1) / stream.warps + 1 : 0;
   for (int first = 0; first < outputs; first += 32) {
-    if (first) ends = ends_of(stream, *product.m, J, first);
+    if (first) ends = ends_of(stream, product.m, J, first);
     const int count = min(32, outputs - first);
     float mine = 0, sums[kSums] = {};
 #pragma unroll 1
@@ -688,13 +688,13 @@ __global__ void __launch_bounds__(kThreads, 1) step(const __grid_constant__ Para
 #pragma unroll 1
   for (int step = 0; step <= kKinds * p.layers; ++step) {
     const Kind kind = kind_of(p, step);
-    const Layer& layer = p.layer[kind == kHead ? 0 : step / kKinds];
+    const Layer& layer = p.layer[kind == kLogits ? 0 : step / kKinds];
     const Product product = product_of(p, step);
-    const Ends ends = ends_of(stream, *product.m, product.J);
-    const bool is_normed = kind == kQkv || kind == kUp || kind == kHead;
+    const Ends ends = ends_of(stream, product.m, product.J);
+    const bool is_normed = kind == kQkv || kind == kUp || kind == kLogits;
     if (is_normed)
-      norm.load(kind == kHead ? p.ln_w : kind == kUp ? layer.ln2_w : layer.ln1_w,
-                kind == kHead ? p.ln_b : kind == kUp ? layer.ln2_b : layer.ln1_b, p.D);
+      norm.load(kind == kLogits ? p.ln_w : kind == kUp ? layer.ln2_w : layer.ln1_w,
+                kind == kLogits ? p.ln_b : kind == kUp ? layer.ln2_b : layer.ln1_b, p.D);
     if (step) meet(p, times);
     if (kind == kOut) {
       attend(p, stream, layer, scratch);

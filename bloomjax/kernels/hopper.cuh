@@ -16,7 +16,7 @@ __device__ inline char* memory_of_block() {
   return memory;
 }
 
-// Where that memory says that p is.
+// The address of p as the instructions of shared memory take it.
 __device__ inline uint32_t shared(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -35,7 +35,7 @@ __device__ inline void make_barriers(uint32_t first, int count) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Starts a copy into shared memory: 16 bytes or a multiple, between places that are as aligned.
+// Starts a copy into shared memory: a multiple of 16 bytes, between addresses that are too.
 __device__ inline void copy(char* to, const char* from, int bytes, uint32_t barrier) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -58,7 +58,7 @@ __device__ inline bool is_over(uint32_t barrier, uint32_t parity) {
   return over;
 }
 
-// Adds one; whoever sees it with `count` sees what was written before.
+// Adds one; whoever sees it with `count` sees what this block wrote before its last __syncthreads.
 __device__ inline void arrive(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }

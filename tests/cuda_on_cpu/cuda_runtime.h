@@ -1,11 +1,11 @@
 // CUDA on one CPU thread, as much of it as kernels/gpu.cu takes: to run that kernel, as it stands,
 // where no GPU is. Every thread of the grid is a fiber. Which warp goes on is drawn at random
-// whenever one waits, and a bulk copy comes at any time before somebody waits for it, its place in
-// shared memory full of ones until then: so a barrier that is missing in the kernel shows in what
+// whenever one waits, and a bulk copy comes at any time until somebody has waited for it, its place
+// in shared memory full of ones until then: so a barrier that is missing in the kernel shows in what
 // it computes. What it does not show is the order in which memory that is not synchronised becomes
 // visible: here it is the program's.
 //
-// EMULATED_CORES is the number of multiprocessors. One launch at a time.
+// EMULATED_CORES is the number of multiprocessors.
 
 #pragma once
 
@@ -20,6 +20,7 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <random>
 #include <utility>
@@ -32,7 +33,6 @@
 #define __global__
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(n) alignas(n)
 
 using std::max;
 using std::min;
@@ -55,6 +55,7 @@ inline dim3 threadIdx, blockIdx, gridDim;
 namespace on_cpu {
 
 constexpr int kLanes = 32, kStack = 128 << 10;
+constexpr int kAlign = 128, kBeyond = 256;  // of shared memory: bytes; and those after it
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "cuda_on_cpu: %s\n", what);
@@ -64,25 +65,36 @@ constexpr int kLanes = 32, kStack = 128 << 10;
 // Threads that wait for each other, and what each of them gave; twice, for the next time may begin
 // before all have read the last.
 struct Meeting {
-  int threads = 0, came = 0;
+  int threads, came = 0;
   unsigned times = 0;
   std::vector<uint64_t> given[2];
-  explicit Meeting(int threads) : threads(threads), given{} {
+  explicit Meeting(int threads) : threads(threads) {
     for (auto& some : given) some.resize(threads);
   }
 };
+
+// A barrier in shared memory: bytes still to come, that one arrival is still to come, the phase.
+struct Barrier {
+  int32_t bytes;
+  uint16_t awaits, phase;
+};
+static_assert(sizeof(Barrier) == 8);
 
 struct Copy {
   char* to;
   const char* from;
   int bytes;
-  uint64_t* barrier;
+  Barrier* barrier;
 };
 
 struct Block {
   std::vector<char> memory;
   Meeting all;
   std::deque<Copy> copies;
+  char* shared() {
+    char* p = memory.data();
+    return p + (kAlign - reinterpret_cast<uintptr_t>(p) % kAlign) % kAlign;
+  }
 };
 
 struct Thread {
@@ -93,8 +105,8 @@ struct Thread {
   jmp_buf at;
   std::unique_ptr<char[]> stack;
   bool began = false, ended = false;
-  const unsigned* waits = nullptr;  // until this is no longer
-  unsigned sees = 0;                // that
+  const unsigned* waits = nullptr;  // while this is what it `sees`
+  unsigned sees = 0;
 };
 
 inline Thread* here;
@@ -104,9 +116,18 @@ inline uint64_t idle;  // turns since something happened
 
 inline bool is_one_of(unsigned n) { return chance() % n == 0; }
 
-// Lets others go on.
+// Lets others go on. (By setjmp, for swapcontext is a system call each time.)
 inline void yield() {
   if (!_setjmp(here->at)) _longjmp(scheduler, 1);
+}
+
+// Lets a thread go on until it yields or ends.
+inline void resume(Thread& thread) {
+  here = &thread, threadIdx = thread.thread, blockIdx = thread.block;
+  if (_setjmp(scheduler)) return;
+  if (thread.began) _longjmp(thread.at, 1);
+  thread.began = true;
+  setcontext(&thread.start);
 }
 
 // All that every thread of a meeting gives.
@@ -125,15 +146,6 @@ inline const std::vector<uint64_t>& meet(Meeting& meeting, int mine, uint64_t gi
   return given;
 }
 
-// A barrier in shared memory: bytes still to come, that one arrival is still to come, the phase.
-struct Barrier {
-  int32_t bytes;
-  uint16_t awaits, phase;
-};
-static_assert(sizeof(Barrier) == 8);
-
-inline Barrier& barrier_at(uint64_t* p) { return *reinterpret_cast<Barrier*>(p); }
-
 inline void advance(Barrier& b) {
   if (b.awaits || b.bytes) return;
   b.awaits = 1;
@@ -147,14 +159,15 @@ inline void bring(Block& block) {
   const Copy copy = copies[i];
   copies.erase(copies.begin() + i);
   std::memcpy(copy.to, copy.from, copy.bytes);
-  Barrier& b = barrier_at(copy.barrier);
-  b.bytes -= copy.bytes;
-  advance(b);
+  copy.barrier->bytes -= copy.bytes;
+  advance(*copy.barrier);
 }
 
 // Runs `body` on every thread of a grid.
 template <typename Body>
 void launch(dim3 blocks, dim3 threads, size_t bytes, Body body) {
+  static std::mutex one;
+  const std::lock_guard lock(one);
   static Body* running;
   running = &body;
   gridDim = blocks;
@@ -163,7 +176,7 @@ void launch(dim3 blocks, dim3 threads, size_t bytes, Body body) {
   std::vector<std::unique_ptr<Thread>> fibers;
   if (threads.x % kLanes) fail("a warp is not full");
   for (unsigned b = 0; b < blocks.x; ++b) {
-    all.push_back({std::vector<char>(bytes + 128, char(255)), Meeting(threads.x), {}});
+    all.push_back({std::vector<char>(kAlign + bytes + kBeyond, char(255)), Meeting(threads.x), {}});
     for (unsigned t = 0; t < threads.x; ++t) {
       if (t % kLanes == 0) warps.emplace_back(kLanes);
       auto fiber = std::make_unique<Thread>();
@@ -197,20 +210,19 @@ void launch(dim3 blocks, dim3 threads, size_t bytes, Body body) {
         if (t.ended || (t.waits && *t.waits == t.sees)) continue;
         const bool met = t.waits;
         t.waits = nullptr;
-        here = &t, threadIdx = t.thread, blockIdx = t.block;
-        if (!_setjmp(scheduler)) {
-          if (t.began) _longjmp(t.at, 1);
-          t.began = true;
-          setcontext(&t.start);
-        }
+        resume(t);
         left -= t.ended;
         goes |= t.waits || met;
       }
     }
     if (++idle > 10'000 * warps.size()) fail("nothing goes on any more: threads wait for ever");
   }
-  for (auto& block : all)
-    if (!block.copies.empty()) fail("a copy was started that nobody waited for");
+  for (auto& block : all) {
+    if (!block.copies.empty()) fail("a copy was on its way when the kernel ended");
+    const char* end = block.shared() + bytes;
+    if (std::any_of(end, end + kBeyond, [](char c) { return c != char(255); }))
+      fail("writing past shared memory");
+  }
 }
 
 inline int lane() { return threadIdx.x % kLanes; }
@@ -264,7 +276,6 @@ inline bool __syncthreads_or(bool is) {
 
 inline void __syncthreads() { __syncthreads_or(false); }
 
-inline uint32_t __float_as_uint(float x) { return on_cpu::bits(x); }
 inline float __uint_as_float(uint32_t u) { return on_cpu::from_bits<float>(u); }
 inline int __float2int_rn(float x) { return std::lrintf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -280,7 +291,7 @@ inline int __dp4a(int a, int b, int sum) {
 // ------------------------------------------------------------------------------------------ the host
 
 using cudaError_t = int;
-using cudaStream_t = struct Stream*;
+using cudaStream_t = struct CUstream_st*;
 struct cudaFuncAttributes {};
 enum { cudaSuccess, cudaFuncAttributeMaxDynamicSharedMemorySize, cudaLaunchAttributeCooperative };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };

@@ -6,17 +6,14 @@
 
 namespace hopper {
 
-inline char* memory_of_block() {
-  char* p = on_cpu::here->home->memory.data();
-  return p + (128 - reinterpret_cast<uintptr_t>(p) % 128) % 128;
-}
+inline char* memory_of_block() { return on_cpu::here->home->shared(); }
 
 inline uint32_t shared(const void* p) {
   return static_cast<const char*>(p) - memory_of_block();
 }
 
-inline uint64_t* barrier_at(uint32_t barrier) {
-  return reinterpret_cast<uint64_t*>(memory_of_block() + barrier);
+inline on_cpu::Barrier& barrier_at(uint32_t barrier) {
+  return *reinterpret_cast<on_cpu::Barrier*>(memory_of_block() + barrier);
 }
 
 template <typename T>
@@ -25,22 +22,22 @@ T fresh(const T* p) {
 }
 
 inline void make_barriers(uint32_t first, int count) {
-  for (int i = 0; i < count; ++i) on_cpu::barrier_at(barrier_at(first + 8 * i)) = {0, 1, 0};
+  for (int i = 0; i < count; ++i) barrier_at(first + 8 * i) = {0, 1, 0};
 }
 
 inline void copy(char* to, const char* from, int bytes, uint32_t barrier) {
   const auto odd = [](auto x) { return uint64_t(x) % 16; };
   if (bytes <= 0 || odd(bytes) || odd(to) || odd(from)) on_cpu::fail("a copy of odd bytes");
   std::memset(to, 255, bytes);
-  on_cpu::Barrier& b = on_cpu::barrier_at(barrier_at(barrier));
+  on_cpu::Barrier& b = barrier_at(barrier);
   if (!b.awaits) on_cpu::fail("a copy at a barrier that has one");
   b.awaits = 0;
   b.bytes += bytes;
-  on_cpu::here->home->copies.push_back({to, from, bytes, barrier_at(barrier)});
+  on_cpu::here->home->copies.push_back({to, from, bytes, &b});
 }
 
 inline bool is_over(uint32_t barrier, uint32_t parity) {
-  if (on_cpu::barrier_at(barrier_at(barrier)).phase != parity) return true;
+  if (barrier_at(barrier).phase != parity) return true;
   on_cpu::yield();
   return false;
 }
