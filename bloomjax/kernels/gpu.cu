@@ -37,7 +37,7 @@ constexpr int kSlot = 4096;      // bytes of the ring that a copy fills at most
 constexpr int kMaxStages = 6;    // slots of a warp: 24 KiB in flight
 constexpr int kMaxLayers = 128;  // 18 pointers each, of the 32,764 bytes that parameters may take
 constexpr int kMaxHead = 128;    // H at most
-constexpr int kPlaces = 8;       // of the cache, that a warp scores at once
+constexpr int kPlaces = 8;       // of a copy of the cache, that a lane shares in at most
 constexpr float kNone = -1e30f;  // a score that counts for nothing
 
 struct Matrix {
@@ -117,6 +117,9 @@ __device__ uint32_t rounded(float a, float b) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// Lanes that have a place of the cache together, eight dims each.
+__device__ int lanes_of_place(int H) { return H <= 64 ? 8 : 16; }
+
 // What a warp reads of weights and cache, in the order in which it needs it: copies are started
 // `stages` ahead of their use, whatever the grid waits for.
 template <typename W>
@@ -129,7 +132,7 @@ class Stream {
         warps(gridDim.x * kWarps),
         head(blockIdx.x / p.shares),
         share(blockIdx.x % p.shares),
-        tile_places(min(32, kSlot / (2 * p.H))),
+        tile_places(min(32 / lanes_of_place(p.H) * kPlaces, kSlot / (2 * p.H))),
         p_(p),
         position_(*p.position) {
     const int mine = threadIdx.x / 32, sharers = p.shares * kWarps;
@@ -485,96 +488,120 @@ __device__ void multiply(Stream<W>& stream, const Product& product, Ends ends,
   }
 }
 
+// Eight numbers as attention takes them: bfloat16 of the cache, float32 of the products.
+__device__ float dot(const float (&x)[8], uint4 y) {
+  const uint32_t ys[4] = {y.x, y.y, y.z, y.w};
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum = fmaf(x[2 * i], low(ys[i]), sum);
+    sum = fmaf(x[2 * i + 1], high(ys[i]), sum);
+  }
+  return sum;
+}
+
+__device__ void add(float (&sum)[8], float x, uint4 y) {
+  const uint32_t ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum[2 * i] = fmaf(x, low(ys[i]), sum[2 * i]);
+    sum[2 * i + 1] = fmaf(x, high(ys[i]), sum[2 * i + 1]);
+  }
+}
+
+__device__ void load_eight(float (&x)[8], const float* from) {
+  const float4 a = fresh(reinterpret_cast<const float4*>(from));
+  const float4 b = fresh(reinterpret_cast<const float4*>(from) + 1);
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
+  x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
+__device__ uint4 rounded(const float* from) {
+  float x[8];
+  load_eight(x, from);
+  return {rounded(x[0], x[1]), rounded(x[2], x[3]), rounded(x[4], x[5]), rounded(x[6], x[7])};
+}
+
 // This block's share of a head, whose new key and value go to the cache: sums, not divided yet.
 template <typename W>
 __device__ void attend(const Params& p, Stream<W>& stream, const Layer& layer, float* scratch) {
-  constexpr int kPairs = kMaxHead / 64;
   const int lane = threadIdx.x % 32, mine = threadIdx.x / 32;
   const int head = stream.head, share = stream.share, H = p.H;
   if (head >= p.N) return;
   const int position = *p.position;
   const float slope = p.slopes[head], root = rsqrtf(float(H));
-  const float* qkv = p.qkv + int64_t(head) * 3 * H;
-  float q[kPairs][2], out[kPairs][2];
-  const bool has_new = share == 0 && mine == 0;  // the key and value of this token
-  float score = 0;
+  const int lanes = lanes_of_place(H), places = 32 / lanes;
+  const int first = lane / lanes, d = 8 * (lane % lanes);  // of this lane: a place, and dims
+  const float* qkv = p.qkv + int64_t(head) * 3 * H + d;
+  const bool has_dims = d < H, has_new = share == 0 && mine == 0;  // the token's key and value
+  float q[8] = {}, out[8] = {};
+  if (has_dims) load_eight(q, qkv);
 #pragma unroll
-  for (int c = 0; c < kPairs; ++c) {
-    const int d = 64 * c + 2 * lane;
-    q[c][0] = d < H ? fresh(qkv + d) * root : 0;
-    q[c][1] = d < H ? fresh(qkv + d + 1) * root : 0;
-    out[c][0] = out[c][1] = 0;
-    if (has_new && d < H) {
+  for (int i = 0; i < 8; ++i) q[i] *= root;
+  float largest = kNone, total = 0;
+  if (has_new) {
+    uint4 key{}, value{};
+    if (has_dims && first == 0) {
+      key = rounded(qkv + H), value = rounded(qkv + 2 * H);
       const int64_t at = (int64_t(head) * p.S + position) * H + d;
-      const uint32_t k = rounded(fresh(qkv + H + d), fresh(qkv + H + d + 1));
-      const uint32_t v = rounded(fresh(qkv + 2 * H + d), fresh(qkv + 2 * H + d + 1));
-      *reinterpret_cast<uint32_t*>(layer.keys + at) = k;
-      *reinterpret_cast<uint32_t*>(layer.values + at) = v;
-      score += q[c][0] * low(k) + q[c][1] * high(k);
-      out[c][0] = low(v), out[c][1] = high(v);
+      *reinterpret_cast<uint4*>(layer.keys + at) = key;
+      *reinterpret_cast<uint4*>(layer.values + at) = value;
     }
+    largest = sum_of_warp(dot(q, key));
+    total = first == 0;
+    add(out, total, value);
   }
-  float largest = has_new ? sum_of_warp(score) : kNone;
-  float total = has_new && lane == 0;  // in parts, a lane each
   for (int tile = stream.first_tile; tile < stream.last_tile; ++tile) {
     const int start = tile * stream.tile_places;
     const int here = min(stream.tile_places, position - start);
+    float s[kPlaces];
     const char* keys = stream.take();
-    score = 0;
-    for (int some = 0; some < here; some += kPlaces) {  // at once, for the sake of their latency
-      float s[kPlaces] = {};
 #pragma unroll
-      for (int i = 0; i < kPlaces; ++i)
-#pragma unroll
-        for (int c = 0; c < kPairs; ++c) {
-          const int d = 64 * c + 2 * lane;
-          if (d < H && some + i < here) {
-            const uint32_t k = *reinterpret_cast<const uint32_t*>(keys + 2 * ((some + i) * H + d));
-            s[i] += q[c][0] * low(k) + q[c][1] * high(k);
-          }
-        }
-#pragma unroll
-      for (int d = 16; d; d /= 2)
-#pragma unroll
-        for (int i = 0; i < kPlaces; ++i) s[i] += __shfl_xor_sync(~0u, s[i], d);
-#pragma unroll
-      for (int i = 0; i < kPlaces; ++i)
-        if (lane == some + i) score = s[i];
+    for (int i = 0; i < kPlaces; ++i) {
+      const int place = i * places + first;
+      const bool is_in = has_dims && place < here;
+      s[i] = is_in ? dot(q, *reinterpret_cast<const uint4*>(keys + 2 * (place * H + d))) : 0;
     }
+    for (int w = 1; w < lanes; w *= 2)
+#pragma unroll
+      for (int i = 0; i < kPlaces; ++i) s[i] += __shfl_xor_sync(~0u, s[i], w);
     stream.release();
-    score = lane < here ? score + slope * (start + lane - position) : kNone;
-    const float most = fmaxf(largest, max_of_warp(score));
-    const float old = __expf(largest - most), weight = __expf(score - most);
+    float most = largest;
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      const int place = i * places + first;
+      s[i] = place < here ? s[i] + slope * (start + place - position) : kNone;
+      most = fmaxf(most, s[i]);
+    }
+    most = max_of_warp(most);
+    const float old = __expf(largest - most);
     largest = most;
-    total = total * old + (lane < here ? weight : 0);
+    total *= old;
 #pragma unroll
-    for (int c = 0; c < kPairs; ++c) out[c][0] *= old, out[c][1] *= old;
+    for (int i = 0; i < 8; ++i) out[i] *= old;
     const char* values = stream.take();
-#pragma unroll 8
-    for (int place = 0; place < here; ++place) {
-      const float of = __shfl_sync(~0u, weight, place);
 #pragma unroll
-      for (int c = 0; c < kPairs; ++c) {
-        const int d = 64 * c + 2 * lane;
-        if (d < H) {
-          const uint32_t v = *reinterpret_cast<const uint32_t*>(values + 2 * (place * H + d));
-          out[c][0] = fmaf(of, low(v), out[c][0]);
-          out[c][1] = fmaf(of, high(v), out[c][1]);
-        }
-      }
+    for (int i = 0; i < kPlaces; ++i) {
+      const int place = i * places + first;
+      const float weight = __expf(s[i] - most);
+      total += weight;
+      if (has_dims && place < here)
+        add(out, weight, *reinterpret_cast<const uint4*>(values + 2 * (place * H + d)));
     }
     stream.release();
   }
-  total = sum_of_warp(total);
+  for (int w = lanes; w < 32; w *= 2) {
+    total += __shfl_xor_sync(~0u, total, w);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] += __shfl_xor_sync(~0u, out[i], w);
+  }
 
   // The warps of the block together.
   float *maxima = scratch, *sums = scratch + kWarps, *outs = scratch + 2 * kWarps;
   if (lane == 0) maxima[mine] = largest, sums[mine] = total;
+  if (has_dims && first == 0)
 #pragma unroll
-  for (int c = 0; c < kPairs; ++c) {
-    const int d = 64 * c + 2 * lane;
-    if (d < H) outs[mine * H + d] = out[c][0], outs[mine * H + d + 1] = out[c][1];
-  }
+    for (int i = 0; i < 8; ++i) outs[mine * H + d + i] = out[i];
   __syncthreads();
   float most = kNone, all = 0, sum = 0;
   for (int i = 0; i < kWarps; ++i) most = fmaxf(most, maxima[i]);
