@@ -615,63 +615,62 @@ __device__ void attend(const Params& p, Stream<W>& stream, const Layer& layer, f
   if (threadIdx.x == 0) p.softmax[part] = {most, all};
 }
 
-// The shares of every head together. All that is read is asked for before any of it is used.
+// The shares of every head together, each thread those of its own dims.
 template <int kVectors>
-__device__ void join(const Params& p, Values<kVectors>& x, float* scratch) {
-  constexpr int kAtOnce = kVectors == 1 ? 8 : 4;
-  const int parts = p.N * p.shares;
-  float2* softmax = reinterpret_cast<float2*>(scratch);
-  float* weights = scratch + 2 * parts;
-  const float2 mine = threadIdx.x < parts ? fresh(p.softmax + threadIdx.x) : float2{};
-  float4 v[kVectors][kAtOnce];
-  const auto ask = [&](int first) {
+__device__ void join(const Params& p, Values<kVectors>& x) {
+  constexpr int kAtOnce = kVectors == 1 ? 8 : 4;  // are asked for before any is used
+  float largest[kVectors], total[kVectors];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int d = Values<kVectors>::place(i), head = d / p.H;
-      const float* from = p.parts + int64_t(head) * p.shares * p.H + (d - head * p.H);
-#pragma unroll
-      for (int s = 0; s < kAtOnce; ++s)
-        v[i][s] = d < p.D && first + s < p.shares
-                      ? fresh(reinterpret_cast<const float4*>(from + (first + s) * p.H))
-                      : float4{};
-    }
-  };
-  ask(0);
-  if (threadIdx.x < parts) softmax[threadIdx.x] = mine;
-  __syncthreads();
-  if (threadIdx.x < parts) {
-    const float2* head = softmax + threadIdx.x / p.shares * p.shares;
-    float most = kNone, all = 0;
-    for (int s = 0; s < p.shares; ++s) most = fmaxf(most, head[s].x);
-    for (int s = 0; s < p.shares; ++s) all += head[s].y * __expf(head[s].x - most);
-    weights[threadIdx.x] = __expf(mine.x - most) / all;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i)
+  for (int i = 0; i < kVectors; ++i) {
+    largest[i] = kNone, total[i] = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) x.v[i][j] = 0;
+  }
+#pragma unroll 1
   for (int first = 0; first < p.shares; first += kAtOnce) {
-    if (first) ask(first);
+    float4 parts[kVectors][kAtOnce];
+    float2 softmax[kVectors][kAtOnce];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int d = Values<kVectors>::place(i), head = d / p.H;
+      const int d = Values<kVectors>::place(i), head = d / p.H, part = head * p.shares + first;
+      const float* from = p.parts + int64_t(part) * p.H + (d - head * p.H);
 #pragma unroll
-      for (int s = 0; s < kAtOnce; ++s)
-        if (d < p.D && first + s < p.shares) {
-          const float of = weights[head * p.shares + first + s];
-          x.v[i][0] = fmaf(of, v[i][s].x, x.v[i][0]), x.v[i][1] = fmaf(of, v[i][s].y, x.v[i][1]);
-          x.v[i][2] = fmaf(of, v[i][s].z, x.v[i][2]), x.v[i][3] = fmaf(of, v[i][s].w, x.v[i][3]);
-        }
+      for (int s = 0; s < kAtOnce; ++s) {
+        const bool is_in = d < p.D && first + s < p.shares;
+        softmax[i][s] = is_in ? fresh(p.softmax + part + s) : float2{kNone, 0};
+        parts[i][s] = is_in ? fresh(reinterpret_cast<const float4*>(from + s * p.H)) : float4{};
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      float most = largest[i];
+#pragma unroll
+      for (int s = 0; s < kAtOnce; ++s) most = fmaxf(most, softmax[i][s].x);
+      const float old = __expf(largest[i] - most);
+      largest[i] = most;
+      total[i] *= old;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x.v[i][j] *= old;
+#pragma unroll
+      for (int s = 0; s < kAtOnce; ++s) {
+        const float of = __expf(softmax[i][s].x - most);
+        const float4 v = parts[i][s];
+        total[i] = fmaf(of, softmax[i][s].y, total[i]);
+        x.v[i][0] = fmaf(of, v.x, x.v[i][0]), x.v[i][1] = fmaf(of, v.y, x.v[i][1]);
+        x.v[i][2] = fmaf(of, v.z, x.v[i][2]), x.v[i][3] = fmaf(of, v.w, x.v[i][3]);
+      }
     }
   }
-  __syncthreads();  // whoever comes first would overwrite what others still read of `weights`
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const float scale = 1.0f / total[i];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x.v[i][j] *= scale;
+  }
 }
 
-int scratch_floats(const Params& p) {
-  const int attention = kWarps * (2 + p.H), shares = 3 * p.N * p.shares;
-  return attention > shares ? attention : shares;
-}
+// Of attention, of which norms and inputs take less: the warps' largest scores, totals and sums.
+int scratch_floats(const Params& p) { return kWarps * (2 + p.H); }
 
 template <typename W, int kVectors>
 __global__ void __launch_bounds__(kThreads, 1) step(const __grid_constant__ Params p) {
@@ -728,7 +727,7 @@ __global__ void __launch_bounds__(kThreads, 1) step(const __grid_constant__ Para
       const int own = stream.warp + threadIdx.x % 32 * stream.warps;
       if (step == kOut && own < p.D) here = fresh(p.x + own);
       meet(p, times);
-      join(p, x, scratch);
+      join(p, x);
     } else if (is_normed) {
       if (step) load(x, p.x, p.D);
       norm.apply(x, p.D, p.epsilon, scratch);
@@ -831,8 +830,7 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   constexpr int each = sizeof(BLOOMJAX_WEIGHT);
   p.tile_D = tile_of(int64_t(p.D) * each), p.tile_F = tile_of(int64_t(p.F) * each);
   if (p.shares < 1 || p.H > kMaxHead || p.H % 8 || p.D > 1024 * BLOOMJAX_VECTORS ||
-      p.F > 4096 * BLOOMJAX_VECTORS ||
-      p.N * p.shares > kThreads || p.D > 32 * kWarps * blocks || !p.tile_D || !p.tile_F)
+      p.F > 4096 * BLOOMJAX_VECTORS || p.D > 32 * kWarps * blocks || !p.tile_D || !p.tile_F)
     return ffi::Error::InvalidArgument("bloomjax: no kernel for these sizes on this GPU");
 
   p.logits = static_cast<float*>((*rets.get<ffi::AnyBuffer>(0))->untyped_data());
