@@ -35,7 +35,7 @@ using hopper::fresh;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kSlot = 4096;      // bytes of the ring that a copy fills at most
 constexpr int kMaxStages = 6;    // slots of a warp: 24 KiB in flight
-constexpr int kMaxLayers = 128;  // 18 pointers each, of the 32,764 bytes that parameters may take
+constexpr int kMaxLayers = 128;  // 240 bytes each, of the 32,764 that parameters may take
 constexpr int kMaxHead = 128;    // H at most
 constexpr int kPlaces = 8;       // of a copy of the cache, that a lane shares in at most
 constexpr float kNone = -1e30f;  // a score that counts for nothing
@@ -46,18 +46,30 @@ struct Matrix {
   const bf16* bias;    // [J], or null
 };
 
+// The products of a layer, in their order; those of a token are these of every layer, and the
+// logits.
+enum Kind { kQkv, kOut, kUp, kDown, kKinds, kLogits = kKinds };
+
+// What becomes of a product's outputs.
+enum Fate { kStore, kGelu, kAdd };
+
+struct Product {
+  Matrix m;
+  int J, I, tile;  // outputs, inputs, and bytes of a copy of a row
+  Fate fate;
+  float* y;
+};
+
 struct Layer {
   const bf16 *ln1_w, *ln1_b, *ln2_w, *ln2_b;
-  Matrix qkv, out, up, down;
   bf16 *keys, *values;  // [N, S, H]
 };
 
 struct Params {
   int layers, D, N, H, F, V, S;
   float epsilon;
-  int shares;        // blocks that share a head
-  int stages;        // slots of each warp's ring
-  int tile_D, tile_F;  // bytes of a copy of a row of D inputs, of F
+  int shares;  // blocks that share a head
+  int stages;  // slots of each warp's ring
   const int *token, *position;
   const float* slopes;  // [N]
   const bf16 *embed_ln_w, *embed_ln_b, *ln_w, *ln_b;
@@ -66,35 +78,12 @@ struct Params {
   float2* softmax;    // [N shares]: the largest score of a share, and the sum of its weights
   unsigned* arrived;  // blocks at the barriers so far
   Layer layer[kMaxLayers];
+  Product product[kKinds * kMaxLayers + 1];
 };
-
-// The products of a token, in their order: four of every layer, and the logits.
-enum Kind { kQkv, kOut, kUp, kDown, kKinds, kLogits = kKinds };
+static_assert(sizeof(Params) <= 32764, "more than a kernel's parameters may take");
 
 __device__ Kind kind_of(const Params& p, int step) {
   return step < kKinds * p.layers ? Kind(step % kKinds) : kLogits;
-}
-
-// What becomes of a product's outputs.
-enum Fate { kStore, kGelu, kAdd };
-
-struct Product {
-  Matrix m;
-  int J, I, tile;
-  Fate fate;
-  float* y;
-};
-
-__device__ Product product_of(const Params& p, int step) {
-  const Kind kind = kind_of(p, step);
-  const Layer& layer = p.layer[kind == kLogits ? 0 : step / kKinds];
-  switch (kind) {
-    case kQkv: return {layer.qkv, 3 * p.D, p.D, p.tile_D, kStore, p.qkv};
-    case kOut: return {layer.out, p.D, p.D, p.tile_D, kAdd, p.x};
-    case kUp: return {layer.up, p.F, p.D, p.tile_D, kGelu, p.act};
-    case kDown: return {layer.down, p.D, p.F, p.tile_F, kAdd, p.x};
-    default: return {p.embed, p.V, p.D, p.tile_D, kStore, p.logits};
-  }
 }
 
 __device__ float sum_of_warp(float x) {
@@ -178,7 +167,7 @@ class Stream {
       item_ = first_tile, end_ = last_tile;
       return;
     }
-    const Product product = product_of(p_, step_);
+    const Product& product = p_.product[step_];
     base_ = product.m.w;
     item_ = warp, end_ = product.J;
     row_ = product.I * int(sizeof(W));
@@ -715,7 +704,7 @@ __global__ void __launch_bounds__(kThreads, 1) step(const __grid_constant__ Para
   for (int step = 0; step <= kKinds * p.layers; ++step) {
     const Kind kind = kind_of(p, step);
     const Layer& layer = p.layer[kind == kLogits ? 0 : step / kKinds];
-    const Product product = product_of(p, step);
+    const Product& product = p.product[step];
     const Ends ends = ends_of(stream, product.m, product.J);
     const bool is_normed = kind == kQkv || kind == kUp || kind == kLogits;
     if (is_normed)
@@ -788,37 +777,6 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   constexpr int kFirst = 9, kEach = 18;
   if (layers > kMaxLayers || int64_t(args.size()) != kFirst + kEach * layers)
     return ffi::Error::InvalidArgument("bloomjax: expected other arguments");
-  int next = 0;
-  const auto data = [&] { return args.get<ffi::AnyBuffer>(next++)->untyped_data(); };
-  const auto vector = [&] { return static_cast<const bf16*>(data()); };
-  const auto matrix = [&](bool biased) {
-    Matrix m{};
-    m.w = static_cast<const char*>(data());
-    m.scale = static_cast<const float*>(data());
-    m.bias = biased ? vector() : nullptr;
-    return m;
-  };
-  Params p{};
-  p.layers = layers;
-  p.epsilon = epsilon;
-  p.token = static_cast<const int*>(data());
-  p.position = static_cast<const int*>(data());
-  p.slopes = static_cast<const float*>(data());
-  p.embed_ln_w = vector(), p.embed_ln_b = vector(), p.ln_w = vector(), p.ln_b = vector();
-  const auto table = args.get<ffi::AnyBuffer>(next)->dimensions();
-  p.V = table[0], p.D = table[1];
-  p.embed = matrix(false);
-  for (int l = 0; l < layers; ++l) {
-    Layer& layer = p.layer[l];
-    layer.ln1_w = vector(), layer.ln1_b = vector();
-    layer.ln2_w = vector(), layer.ln2_b = vector();
-    layer.qkv = matrix(true), layer.out = matrix(true);
-    p.F = args.get<ffi::AnyBuffer>(next)->dimensions()[0];
-    layer.up = matrix(true), layer.down = matrix(true);
-    const auto cache = args.get<ffi::AnyBuffer>(next)->dimensions();
-    p.N = cache[1], p.S = cache[2], p.H = cache[3];
-    layer.keys = static_cast<bf16*>(data()), layer.values = static_cast<bf16*>(data());
-  }
   int device = 0, blocks = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
@@ -826,11 +784,21 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return failed("device", error);
+
+  const auto size = [&](int of, int axis) {
+    return int(args.get<ffi::AnyBuffer>(of)->dimensions()[axis]);
+  };
+  constexpr int kTable = 7, kUpWeights = kFirst + 10, kKeys = kFirst + 16;
+  Params p{};
+  p.layers = layers;
+  p.epsilon = epsilon;
+  p.V = size(kTable, 0), p.D = size(kTable, 1), p.F = size(kUpWeights, 0);
+  p.N = size(kKeys, 1), p.S = size(kKeys, 2), p.H = size(kKeys, 3);
   p.shares = blocks / p.N;
   constexpr int each = sizeof(BLOOMJAX_WEIGHT);
-  p.tile_D = tile_of(int64_t(p.D) * each), p.tile_F = tile_of(int64_t(p.F) * each);
+  const int tile_D = tile_of(int64_t(p.D) * each), tile_F = tile_of(int64_t(p.F) * each);
   if (p.shares < 1 || p.H > kMaxHead || p.H % 8 || p.D > 1024 * BLOOMJAX_VECTORS ||
-      p.F > 4096 * BLOOMJAX_VECTORS || p.D > 32 * kWarps * blocks || !p.tile_D || !p.tile_F)
+      p.F > 4096 * BLOOMJAX_VECTORS || p.D > 32 * kWarps * blocks || !tile_D || !tile_F)
     return ffi::Error::InvalidArgument("bloomjax: no kernel for these sizes on this GPU");
 
   p.logits = static_cast<float*>((*rets.get<ffi::AnyBuffer>(0))->untyped_data());
@@ -849,6 +817,34 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   p.parts = reinterpret_cast<float*>(take(int64_t(4) * p.N * p.shares * p.H));
   p.softmax = reinterpret_cast<float2*>(take(8 * p.N * p.shares));
   if (at > end) return ffi::Error::InvalidArgument("bloomjax: too little room to work in");
+
+  int next = 0;
+  const auto data = [&] { return args.get<ffi::AnyBuffer>(next++)->untyped_data(); };
+  const auto vector = [&] { return static_cast<const bf16*>(data()); };
+  const auto matrix = [&](bool biased) {
+    Matrix m{};
+    m.w = static_cast<const char*>(data());
+    m.scale = static_cast<const float*>(data());
+    m.bias = biased ? vector() : nullptr;
+    return m;
+  };
+  p.token = static_cast<const int*>(data());
+  p.position = static_cast<const int*>(data());
+  p.slopes = static_cast<const float*>(data());
+  p.embed_ln_w = vector(), p.embed_ln_b = vector(), p.ln_w = vector(), p.ln_b = vector();
+  p.embed = matrix(false);
+  for (int l = 0; l < layers; ++l) {
+    Layer& layer = p.layer[l];
+    Product* product = p.product + kKinds * l;
+    layer.ln1_w = vector(), layer.ln1_b = vector();
+    layer.ln2_w = vector(), layer.ln2_b = vector();
+    product[kQkv] = {matrix(true), 3 * p.D, p.D, tile_D, kStore, p.qkv};
+    product[kOut] = {matrix(true), p.D, p.D, tile_D, kAdd, p.x};
+    product[kUp] = {matrix(true), p.F, p.D, tile_D, kGelu, p.act};
+    product[kDown] = {matrix(true), p.D, p.F, tile_F, kAdd, p.x};
+    layer.keys = static_cast<bf16*>(data()), layer.values = static_cast<bf16*>(data());
+  }
+  p.product[kKinds * layers] = {p.embed, p.V, p.D, tile_D, kStore, p.logits};
   return launch(stream, p, blocks, most);
 }
 
