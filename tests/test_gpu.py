@@ -112,6 +112,7 @@ def test_a_step_on_a_gpu(width: int, heads: int, quantize: str, monkeypatch: Any
         (128, 4, "none"),  # fewer outputs than warps
         (256, 2, "int8"),  # nine blocks share a head
         (640, 8, "none"),  # heads of 80, rows of F in two copies
+        (640, 10, "none"),  # heads of 64, as published small ones have
         (1280, 16, "int8"),  # more than four numbers a thread
     ],
 )

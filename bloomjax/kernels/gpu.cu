@@ -436,7 +436,8 @@ template <typename W>
 __device__ void multiply(Stream<W>& stream, const Product& product, Ends ends,
                          const Inputs<W>& inputs, float& here) {
   constexpr int kSums = 4;  // are added up over lanes at once, for the sake of their latency
-  const int lane = threadIdx.x % 32, each = sizeof(W), J = product.J, tile = product.tile;
+  const int lane = threadIdx.x % 32, each = sizeof(W);
+  const int J = product.J, I = product.I, tile = product.tile;
   const int outputs = stream.warp < J ? (J - stream.warp - 1) / stream.warps + 1 : 0;
   for (int first = 0; first < outputs; first += 32) {
     if (first) ends = ends_of(stream, product.m, J, first);
@@ -446,7 +447,7 @@ __device__ void multiply(Stream<W>& stream, const Product& product, Ends ends,
     for (int i = 0; i < count; ++i) {
       typename Inputs<W>::Sum sum;
 #pragma unroll 1
-      for (int input = 0; input < product.I; input += tile / each) {
+      for (int input = 0; input < I; input += tile / each) {
         const char* w = stream.take();
 #pragma unroll 4
         for (int at = 16 * lane; at < tile; at += 512) inputs.add(sum, w + at, input + at / each);
@@ -505,6 +506,11 @@ __device__ void load_eight(float (&x)[8], const float* from) {
   x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
 }
 
+__device__ void load_places(uint4 (&x)[kPlaces], const char* from, int stride) {
+#pragma unroll
+  for (int i = 0; i < kPlaces; ++i) x[i] = *reinterpret_cast<const uint4*>(from + i * stride);
+}
+
 __device__ uint4 rounded(const float* from) {
   float x[8];
   load_eight(x, from);
@@ -544,13 +550,10 @@ __device__ void attend(const Params& p, Stream<W>& stream, const Layer& layer, f
     const int start = tile * stream.tile_places;
     const int here = min(stream.tile_places, position - start);
     float s[kPlaces];
-    const char* keys = stream.take();
+    uint4 held[kPlaces];  // also beyond what came, but in the slot: loads do not wait for conditions
+    load_places(held, stream.take() + 2 * (first * H + d), 2 * places * H);
 #pragma unroll
-    for (int i = 0; i < kPlaces; ++i) {
-      const int place = i * places + first;
-      const bool is_in = has_dims && place < here;
-      s[i] = is_in ? dot(q, *reinterpret_cast<const uint4*>(keys + 2 * (place * H + d))) : 0;
-    }
+    for (int i = 0; i < kPlaces; ++i) s[i] = has_dims ? dot(q, held[i]) : 0;
     for (int w = 1; w < lanes; w *= 2)
 #pragma unroll
       for (int i = 0; i < kPlaces; ++i) s[i] += __shfl_xor_sync(~0u, s[i], w);
@@ -568,14 +571,13 @@ __device__ void attend(const Params& p, Stream<W>& stream, const Layer& layer, f
     total *= old;
 #pragma unroll
     for (int i = 0; i < 8; ++i) out[i] *= old;
-    const char* values = stream.take();
+    load_places(held, stream.take() + 2 * (first * H + d), 2 * places * H);
 #pragma unroll
     for (int i = 0; i < kPlaces; ++i) {
-      const int place = i * places + first;
-      const float weight = __expf(s[i] - most);
+      const bool is_in = i * places + first < here;
+      const float weight = is_in ? __expf(s[i] - most) : 0;
       total += weight;
-      if (has_dims && place < here)
-        add(out, weight, *reinterpret_cast<const uint4*>(values + 2 * (place * H + d)));
+      add(out, weight, is_in ? held[i] : uint4{});
     }
     stream.release();
   }
@@ -770,12 +772,13 @@ ffi::Error launch(cudaStream_t stream, Params& p, int blocks, int most) {
 }
 
 // Arguments: token, position, slopes, embedding's layer norm, last layer norm, embedding and its
-// scales; of each layer what `Layer` has, in its order, a matrix as values, scales, bias. Results:
-// logits, room to work in; of each layer keys and values, in place.
+// scales; of each layer two layer norms, the matrices of `Kind`, in its order, each as values,
+// scales, bias, and keys and values. Results: logits, room to work in; of each layer keys and
+// values, in place.
 ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                int64_t layers, float epsilon) {
   constexpr int kFirst = 9, kEach = 18;
-  if (layers > kMaxLayers || int64_t(args.size()) != kFirst + kEach * layers)
+  if (layers < 1 || layers > kMaxLayers || int64_t(args.size()) != kFirst + kEach * layers)
     return ffi::Error::InvalidArgument("bloomjax: expected other arguments");
   int device = 0, blocks = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);

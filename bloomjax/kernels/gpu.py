@@ -62,7 +62,7 @@ def step(
         and all(a.dtype == jnp.bfloat16 for a in others)
         and (H % 8, D % 16) == (0, 0)
         and H <= 128
-        and max(N, -(-D // 256)) <= cores <= 256
+        and max(N, -(-D // 256)) <= cores
         and F <= 4 * D
         and _BYTES[kind] * F <= _INPUTS
         and len(layers) <= 128
